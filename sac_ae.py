@@ -1,0 +1,1092 @@
+# /// script
+# requires-python = ">=3.10,<3.13"
+# dependencies = [
+#     "torch>=2.10,<2.14", "numpy>=2,<3", "dm_control==1.0.50", "mujoco>=3.17,<4", "tyro>=1,<2",
+#     "tensorboard>=2.20,<3", "imageio>=2.37,<3", "tqdm>=4.66,<5", "pytest>=8",
+# ]
+# ///
+"""SAC+AE: soft actor-critic from pixels whose encoder a reconstruction loss also trains.
+
+Yarats et al. 2019, Improving Sample Efficiency in Model-Free Reinforcement Learning from Images,
+https://arxiv.org/abs/1910.01741; the authors' code: https://github.com/denisyarats/pytorch_sac_ae
+
+                            +---> head --> z --+--> Q1, Q2      J(Q) trains convs, head, Q1, Q2
+    obs --> convs --> h ----+                  +--> decoder     J(RAE) trains convs, head, decoder
+                            +-x-> actor's own head --> MLP      J(pi) trains it; x: no gradient
+
+    python sac_ae.py --smoke                  # a visible result in minutes on a laptop
+    python sac_ae.py --env-id cheetah-run     # the published configuration
+    python sac_ae.py --evaluate RUN_DIR       # play a trained agent and film it
+
+Shapes: B batch, T time, K stacked images, C H W image, F conv features, D latent, A action.
+Units: frame = one simulator step; step = one decision = action_repeat frames; update = one batch.
+
+Differences from the paper and the authors' code
+D1  The actor's optimizer does not hold the convs that it shares with the critic. Theirs does, but
+    their gradient in it is always zero: the same parameters come out.
+D2  Actor and decoder read one pass of the convs over obs. Nothing that it depends on changes
+    between the two: the same losses come out.
+D3  Bootstrapping follows dm_control's discount, which is 1 at a time limit. Theirs keeps a done
+    flag and clears it there: the same targets wherever episodes only end by time.
+D4  Evaluation has an environment, a seed and random numbers of its own; theirs uses the training's.
+D5  --freeze-encoder: the actor trains its own head on the frozen convs. In the first version of
+    the authors' code that head stayed as initialised.
+D6  log alpha is float32, theirs float64.
+"""
+
+import contextlib
+import copy
+import csv
+import ctypes
+import dataclasses
+import difflib
+import functools
+import importlib.util
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import tyro
+
+if sys.platform == "linux":
+    if not os.environ.get("DISPLAY"):  # dm_control would choose GLFW, which needs a screen
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    with contextlib.suppress(AttributeError):  # keep large tensors' memory instead of mapping it
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX      anew each time: up to 1.6 times as fast
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+# ---- Args --------------------------------------------------------------------------------------
+
+ACTION_REPEAT = {  # the paper's; 2 for any other task
+    "ball_in_cup-catch": 4, "cartpole-swingup": 8, "cheetah-run": 4, "finger-spin": 2,
+    "reacher-easy": 4, "walker-walk": 2,
+}  # fmt: skip
+SMOKE = {
+    "env_id": "finger-spin", "action_repeat": 4, "total_frames": 36_000, "image_size": 48,
+    "render": "fast", "pretrain_updates": 1000, "batch_size": 32, "filters": 16,
+    "conv_strides": (2, 2, 1), "hidden_dim": 256, "eval_every_frames": 12_000,
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Args:
+    # every script
+    env_id: str = "cheetah-run"  # <domain>-<task> of the dm_control suite
+    seed: int = 1  # of environment, networks and sampling; evaluation has its own
+    total_frames: int = 1_000_000  # length of the run [frames]
+    action_repeat: int = 0  # frames per step; 0: the published value for the task
+    image_size: int = 84  # side of the square image [pixels]
+    render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there, else mps, else cpu
+    replay_capacity: int = 1_000_000  # steps kept; takes memory for min(this, the run's length)
+    warmup_steps: int = 1000  # uniformly random steps before the first update (paper 1000)
+    pretrain_updates: int = 1000  # updates at the end of the warm-up (authors' code 1000)
+    updates_per_step: float = 1.0  # updates per step from then on (paper 1)
+    batch_size: int = 128  # transitions per update (paper 128)
+    eval_every_frames: int = 20_000  # distance between evaluations [frames]
+    eval_episodes: int = 10  # episodes per evaluation (paper 10)
+    checkpoint_every_frames: int = 100_000  # at the first episode end after so many [frames]
+    runs_dir: str = "runs"  # where the run's folder is made
+    resume: str = ""  # run folder to go on with; its arguments become the defaults
+    evaluate: str = ""  # run folder or checkpoint to play and film instead of training
+    smoke: bool = False  # small images and networks that learn visibly in minutes on two CPU cores
+    track: bool = False  # log to Weights & Biases too, if it is installed
+    video: bool = True  # film the first episode of every evaluation
+    # this algorithm
+    obs: Literal["pixels", "state"] = "pixels"  # state: SAC from the simulator's state vector
+    reconstruction: Literal["ae", "vae", "none"] = "ae"  # vae: beta-VAE; none: SAC from pixels
+    decoder_every_updates: int = 1  # reconstruct only at every Nth update
+    freeze_encoder: bool = False  # only the reconstruction trains the encoder, no RL gradient
+    actor_trains_encoder: bool = False  # the actor's loss trains the convs too (unstable)
+    frame_stack: int = 3  # images per observation (paper 3)
+    filters: int = 32  # channels of every conv layer (paper 32)
+    conv_strides: tuple[int, ...] = (2, 1, 1, 1)  # one 3x3 conv layer each (paper 2 1 1 1)
+    latent_dim: int = 50  # size of z (paper 50)
+    hidden_dim: int = 1024  # width of actor and critic (paper 1024)
+    gamma: float = 0.99  # discount per step (paper 0.99)
+    critic_lr: float = 1e-3  # Adam step of convs, head, Q1, Q2 on J(Q) (paper 1e-3)
+    actor_lr: float = 1e-3  # Adam step of the actor (paper 1e-3)
+    alpha_lr: float = 1e-4  # Adam step of log alpha (paper 1e-4)
+    encoder_lr: float = 1e-3  # Adam step of convs and head on J(RAE) (paper 1e-3)
+    decoder_lr: float = 1e-3  # Adam step of the decoder (paper 1e-3)
+    alpha_beta1: float = 0.5  # Adam's beta1 of log alpha (paper 0.5)
+    init_temperature: float = 0.1  # first alpha (paper 0.1)
+    actor_every_updates: int = 2  # actor and alpha move at every Nth update (paper 2)
+    target_every_updates: int = 2  # target networks move at every Nth update (paper 2)
+    critic_tau: float = 0.01  # by which part of the way, the target Qs (paper 0.01)
+    encoder_tau: float = 0.05  # by which part of the way, the target encoder (paper 0.05)
+    latent_weight: float = 1e-6  # of the penalty |z|^2 / 2 (paper 1e-6)
+    decoder_weight_decay: float = 1e-7  # L2 on the decoder, inside Adam (paper 1e-7)
+    kl_weight: float = 3.15e-5  # vae: beta / 31752, as the error is a mean over 63,504 pixels
+
+
+MAY_BE_ZERO = {"action_repeat", "decoder_weight_decay", "kl_weight", "latent_weight",
+               "pretrain_updates", "seed"}  # fmt: skip
+AT_MOST_ONE = {"alpha_beta1", "critic_tau", "encoder_tau", "gamma"}
+FREE_ON_RESUME = {"checkpoint_every_frames", "device", "eval_episodes", "eval_every_frames",
+                  "resume", "runs_dir", "smoke", "total_frames", "track", "video"}  # fmt: skip
+
+
+def refuse(flag, why):
+    """Bad usage: one line that names the flag and the remedy; exit status 2."""
+    why = " ".join(str(why).split())
+    print(f"error: --{flag.replace('_', '-')}: {why}", file=sys.stderr)
+    sys.exit(2)
+
+
+def make_args(values):
+    """Args from JSON or a checkpoint, where tuples may have become lists."""
+    return Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def parse_args():
+    """Args from the command line, over the defaults of a smoke run or of the run to resume."""
+    args = tyro.cli(Args, description=__doc__.splitlines()[0])
+    if args.resume:
+        try:
+            was = make_args(json.loads(Path(args.resume, "args.json").read_text()))
+        except (OSError, ValueError, TypeError) as e:
+            refuse("resume", f"{args.resume} is not a run folder of this script ({e})")
+        args = tyro.cli(Args, default=was)
+        for name in {f.name for f in dataclasses.fields(Args)} - FREE_ON_RESUME:
+            if getattr(args, name) != getattr(was, name):
+                refuse(name, f"the run has {getattr(was, name)}; for another value start a new run")
+    elif args.smoke:
+        args = tyro.cli(Args, default=Args(**SMOKE))
+    check_args(args)
+    return args
+
+
+def check_args(args):
+    """Refuses what cannot work, before anything heavy is imported or written."""
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, tuple) else [value]:
+            if isinstance(number, (int, float)) and not isinstance(number, bool):
+                if not 0 < number < math.inf and not (number == 0 and name in MAY_BE_ZERO):
+                    refuse(name, f"{number} is not a finite number above zero")
+                if number > 1 and name in AT_MOST_ONE:
+                    refuse(name, f"{number} is above 1")
+    args.action_repeat = args.action_repeat or ACTION_REPEAT.get(args.env_id, 2)
+    steps = args.total_frames // args.action_repeat
+    if args.seed >= 2**31:
+        refuse("seed", f"{args.seed} is not below {2**31}")
+    if steps <= args.warmup_steps:
+        refuse("total_frames", f"{steps} steps are no more than the --warmup-steps; raise it")
+    if args.replay_capacity < 1000:
+        refuse("replay_capacity", f"{args.replay_capacity} is below 1000, one long episode")
+    if args.track and not importlib.util.find_spec("wandb"):
+        refuse("track", "Weights & Biases is missing: pip install wandb")
+    if args.evaluate and not Path(args.evaluate).exists():
+        refuse("evaluate", f"there is no {args.evaluate}; give a run folder or a checkpoint")
+    check_algorithm(args)
+    with require_renderer():
+        from absl import logging
+
+        logging.set_verbosity("error")  # MuJoCo warns of dm_control's own XML files
+        from dm_control import suite
+    tasks = sorted("-".join(task) for task in suite.ALL_TASKS)
+    if args.env_id not in tasks:
+        near = difflib.get_close_matches(args.env_id, tasks, 3, 0.4) or tasks
+        refuse("env_id", f"the suite has no task {args.env_id!r}, but {', '.join(near)}")
+
+
+@contextlib.contextmanager
+def require_renderer():
+    """Turns the many ways in which OpenGL can be missing into one line with the remedies."""
+    try:
+        yield
+    except Exception as e:
+        sys.exit(print(
+            f"error: MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: cannot render ({e}). "
+            "MUJOCO_GL=egl needs a GPU driver or apt-get install libegl1 libgl1-mesa-dri, "
+            "MUJOCO_GL=osmesa needs apt-get install libosmesa6, MUJOCO_GL=glfw a screen.",
+            file=sys.stderr) or 2)  # fmt: skip
+
+
+def conv_sizes(size, strides):
+    """Side of the image and of every 3x3 conv layer's output [pixels]."""
+    sizes = [size]
+    for stride in strides:
+        sizes.append((sizes[-1] - 3) // stride + 1)
+    return sizes
+
+
+def check_algorithm(args):
+    """The part of check_args that is this script's own."""
+    if args.obs == "state" and args.reconstruction != "none":
+        refuse("obs", "a state has no image to reconstruct; add --reconstruction none")
+    if args.freeze_encoder and args.actor_trains_encoder:
+        refuse("freeze_encoder", "contradicts --actor-trains-encoder; drop one of them")
+    if min(conv_sizes(args.image_size, args.conv_strides)) < 1:
+        least = functools.reduce(lambda n, stride: (n - 1) * stride + 3, args.conv_strides[::-1], 1)
+        refuse("image_size", f"{args.image_size} is too small for these convs; from {least} on")
+
+
+if __name__ == "__main__":  # up here, so that --help and a wrong flag need not wait for PyTorch
+    ARGS = parse_args()
+
+import imageio
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from dm_control import suite
+from dm_control.mujoco.engine import Camera
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+# ---- PixelEnv (identical in all five scripts) --------------------------------------------------
+
+
+class EnvSpec(NamedTuple):
+    obs_shape: tuple  # (3, H, W) of an image or (S,) of a state vector
+    obs_dtype: torch.dtype
+    action_dim: int
+
+
+class Step(NamedTuple):
+    obs: np.ndarray  # what the agent sees: image uint8 (3, H, W), or the state
+    state: np.ndarray  # the task's own observation, flattened, float32 (S,)
+    reward: float  # summed over the action repeat
+    discount: float  # 0 where the task ended for good; 1 everywhere else, at a time limit too
+    last: bool  # the episode is over
+
+
+class PixelEnv:
+    """A dm_control suite task: action repeat, a camera, a random state that can be restored.
+
+    render="exact" gives the pixels of physics.render; "fast" leaves out shadows, reflections and
+    smooth edges, about 40 times as fast without a GPU. Actions are (A,) in [-1, 1].
+    """
+
+    def __init__(self, env_id, seed, action_repeat, image_size, render, pixels=True, video_size=0):
+        domain, task = env_id.split("-", 1)
+        self.random = np.random.RandomState(seed)
+        limit = {"time_limit": 30.0} if domain == "lqr" else {}  # the only domain without an end
+        self.env = suite.load(domain, task, {"random": self.random, **limit})
+        self.action_repeat, self.image_size, self.pixels = action_repeat, image_size, pixels
+        self.camera_id = 2 if domain == "quadruped" else 0
+        self.cameras, self.flags = {}, {}
+        action_spec = self.env.action_spec()
+        bounds = action_spec.minimum, action_spec.maximum
+        self.low, self.high = (np.where(np.abs(b) > 1e6, np.sign(b), b) for b in bounds)
+        vis = self.env.physics.model.vis
+        vis.global_.offwidth = vis.global_.offheight = max(image_size, video_size)
+        if render == "fast":
+            vis.quality.offsamples, vis.quality.numslices, vis.quality.numstacks = 0, 8, 6
+            self.flags = {"shadow": False, "reflection": False}
+        dtype = torch.uint8 if pixels else torch.float32
+        self.spec = EnvSpec(self.reset().obs.shape, dtype, len(self.low))
+        self.random.seed(seed)
+
+    def reset(self):
+        """First Step of a new episode."""
+        self.start, self.actions = self.random.get_state(), []
+        return self._see(self.env.reset(), 0.0)
+
+    def step(self, action):
+        """Next Step; the action is repeated until the episode ends at most."""
+        assert not self.last, "the episode is over: reset() comes next"
+        self.actions.append(action.tolist())
+        control = self.low + (np.asarray(action, np.float64) + 1) / 2 * (self.high - self.low)
+        reward = 0.0
+        for _ in range(self.action_repeat):
+            time_step = self.env.step(control)
+            reward += time_step.reward
+            if time_step.last():
+                break
+        return self._see(time_step, reward)
+
+    def _see(self, time_step, reward):
+        self.last = time_step.last()
+        state = np.concatenate([np.ravel(v) for v in time_step.observation.values()])
+        obs = state = state.astype(np.float32)
+        if self.pixels:
+            obs = self.render(self.image_size).transpose(2, 0, 1).copy()
+        discount = 1.0 if time_step.discount is None else time_step.discount
+        return Step(obs, state, reward, discount, self.last)
+
+    def render(self, size):
+        """Image (size, size, 3) uint8; copy it, the camera draws into the same array again."""
+        if size not in self.cameras:
+            self.cameras[size] = Camera(self.env.physics, size, size, self.camera_id)
+        return self.cameras[size].render(render_flag_overrides=self.flags)
+
+    def state_dict(self):
+        """The random state at the episode's start and the actions since then."""
+        name, keys, *rest = self.start
+        return {"random": [name, keys.tolist(), *rest], "actions": list(self.actions)}
+
+    def load_state_dict(self, state):
+        """Plays the episode again up to where it was saved and returns that Step. Setting the
+        simulator's state instead would not be exact: some of it cannot be read."""
+        self.random.set_state(tuple(state["random"]))
+        step = self.reset()
+        for action in state["actions"]:
+            step = self.step(np.float32(action))
+        return step
+
+    def close(self):
+        """Frees the renderer (OSMesa complains at exit otherwise)."""
+        self.env.physics.free()
+
+
+# ---- ReplayBuffer (identical in all five scripts) ----------------------------------------------
+
+
+class ReplayBuffer:
+    """Ring of rows on `device`. Every image is kept once, as uint8; stacks are made when sampled.
+
+    Row t holds image t, the action that led to it (zeros at an episode's start), the reward and
+    the discount on arriving. A transition is rows t and t + 1. Rows are counted from the run's
+    start; row t lies in slot t % capacity. Nothing that is sampled reaches across episodes.
+    """
+
+    def __init__(self, capacity, spec, device):
+        self.capacity, self.device = capacity, device
+        self.row = self.saved = 0  # next row, next row to save
+        self.columns = {
+            "obs": torch.empty((capacity, *spec.obs_shape), dtype=spec.obs_dtype, device=device),
+            "action": torch.empty((capacity, spec.action_dim), device=device),
+            "reward": torch.empty((capacity, 1), device=device),
+            "discount": torch.empty((capacity, 1), device=device),
+        }
+        self.start = np.zeros(capacity, np.int64)  # the row at which the row's episode starts
+
+    @staticmethod
+    def row_bytes(spec):
+        """Memory of one row [bytes]."""
+        return math.prod(spec.obs_shape) * spec.obs_dtype.itemsize + 4 * spec.action_dim + 16
+
+    def add(self, step, action=None):
+        """Appends a Step and the action that led to it; no action: an episode starts."""
+        slot, before = self.row % self.capacity, (self.row - 1) % self.capacity
+        self.start[slot] = self.row if action is None else self.start[before]
+        values = step.obs, 0.0 if action is None else action, step.reward, step.discount
+        for column, value in zip(self.columns.values(), values, strict=True):
+            column[slot] = torch.as_tensor(value)
+        self.row += 1
+
+    def draw(self, rng, count, length, history=1):
+        """Rows (count,) at which `length` rows of one episode begin, uniform, with replacement.
+
+        The `history` - 1 rows before must still be there. Raises if no episode is that long.
+        """
+        oldest, rows = self.row - self.capacity, np.empty(0, np.int64)
+        low = oldest + history - 1 if oldest > 0 else 0
+        for _ in range(1000):
+            new = rng.integers(low, self.row - length + 1, count)
+            rows = np.append(rows, new[self.start[(new + length - 1) % self.capacity] <= new])
+            if len(rows) >= count:
+                return rows[:count]
+        raise ValueError(f"the replay buffer holds hardly any episode of {length} rows")
+
+    def gather(self, column, rows):
+        """Rows of a column, (*rows.shape, ...). On a CPU index_select is much faster than [ ]."""
+        slots = torch.as_tensor(rows.ravel() % self.capacity).to(self.device)
+        return self.columns[column].index_select(0, slots).unflatten(0, rows.shape)
+
+    def transitions(self, rng, batch_size, stack):
+        """Batch of obs, next_obs (B, stack * C, H, W), action (B, A), reward, discount (B, 1).
+
+        Before an episode's first image, a stack repeats it.
+        """
+        rows = self.draw(rng, batch_size, 2, stack)
+        episode = self.start[rows % self.capacity]
+        window = np.maximum(rows[:, None] + np.arange(1 - stack, 2), episode[:, None])
+        obs = self.gather("obs", window)  # (B, stack + 1, C, H, W)
+        batch = {key: self.gather(key, rows + 1) for key in ("action", "reward", "discount")}
+        return {"obs": obs[:, :-1].flatten(1, 2), "next_obs": obs[:, 1:].flatten(1, 2), **batch}
+
+    def sequences(self, rng, batch_size, length):
+        """Batch of all columns (B, T, ...) and is_first (B, T): T rows of one episode each."""
+        rows = self.draw(rng, batch_size, length)[:, None] + np.arange(length)
+        is_first = torch.as_tensor(self.start[rows % self.capacity] == rows).to(self.device)
+        return {"is_first": is_first, **{key: self.gather(key, rows) for key in self.columns}}
+
+    def save(self, folder):
+        """Writes the rows since the last save as one more file, named by its first row."""
+        rows = np.arange(self.saved, self.row)  # rows that are overwritten by now come out wrong,
+        chunk = {key: self.gather(key, rows).cpu() for key in self.columns}  # and are skipped later
+        chunk["start"] = torch.as_tensor(self.start[rows % self.capacity])
+        write_file(chunk, folder / f"{self.saved:010d}.pt")
+        self.saved = self.row
+
+    def load(self, folder, row):
+        """Fills the buffer with the rows before `row` from the files that save() wrote."""
+        while self.row < row:
+            chunk = read_file(folder / f"{self.row:010d}.pt")
+            rows = np.arange(self.row, self.row + len(chunk["start"]))[-self.capacity :]
+            slots = torch.as_tensor(rows % self.capacity)
+            for key, column in self.columns.items():
+                column[slots.to(self.device)] = chunk[key][-len(rows) :].to(self.device)
+            self.start[slots] = chunk["start"][-len(rows) :]
+            self.row = self.saved = self.row + len(chunk["start"])
+
+
+def free_memory(device):
+    """Bytes free on `device`, within a container's limit; infinite where the system is silent."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+
+    def read(path, word, default):
+        try:
+            return int(re.search(rf"{word}\W*(\d+)", Path(path).read_text())[1])
+        except (OSError, TypeError):  # no such file; no number in it
+            return default
+
+    group = "/sys/fs/cgroup/memory"  # versions 2 and 1
+    limit2 = read(group + ".max", "", math.inf) - read(group + ".stat", "anon", 0)
+    limit1 = read(group + "/memory.limit_in_bytes", "", math.inf)
+    used1 = read(group + "/memory.stat", "total_rss", 0)
+    return min(1024 * read("/proc/meminfo", "MemAvailable", math.inf), limit2, limit1 - used1)
+
+
+# ---- helpers -----------------------------------------------------------------------------------
+
+
+def weight_init(module):
+    """Orthogonal linear layers; delta-orthogonal convs (https://arxiv.org/abs/1806.05393): zero but
+    for the centre tap, so that a signal crosses the layers with its norm."""
+    if isinstance(module, nn.Linear):
+        nn.init.orthogonal_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.zeros_(module.weight)
+        nn.init.zeros_(module.bias)
+        centre = module.weight.data[:, :, module.kernel_size[0] // 2, module.kernel_size[1] // 2]
+        nn.init.orthogonal_(centre, math.sqrt(2))
+
+
+def mlp(in_dim, hidden_dim, out_dim):
+    """Two hidden ReLU layers."""
+    return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(),
+                         nn.Linear(hidden_dim, hidden_dim), nn.ReLU(),
+                         nn.Linear(hidden_dim, out_dim))  # fmt: skip
+
+
+def preprocess(obs):
+    """uint8 images (B, C, H, W) to float in [0, 1], channels last; states pass unchanged."""
+    if obs.dtype != torch.uint8:
+        return obs
+    return obs.to(torch.float32, memory_format=torch.channels_last) / 255
+
+
+def bounded_log_std(x):
+    """Squashes a network's output into [-10, 2]."""
+    return -10 + 6 * (torch.tanh(x) + 1)
+
+
+def tanh_gaussian(mu, log_std):
+    """Sample a = tanh(mu + sigma eps) (B, A) and log pi(a) (B, 1); SAC, appendix C."""
+    noise = torch.randn_like(mu)
+    action = torch.tanh(mu + log_std.exp() * noise)
+    log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    log_prob = log_prob - torch.log(F.relu(1 - action.square()) + 1e-6)  # the tanh's Jacobian
+    return action, log_prob.sum(-1, keepdim=True)
+
+
+def minimize(loss, *optimizers):
+    """One step of each optimizer on `loss`. Gradients go to the optimizers' own parameters and
+    nowhere else, whatever the loss was computed with."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    loss.backward(inputs=[p for group in groups for p in group["params"]])
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+@torch.no_grad()
+def soft_update(net, target, tau):
+    """target <- tau net + (1 - tau) target."""
+    for p, t in zip(net.parameters(), target.parameters(), strict=True):
+        t.lerp_(p, tau)
+
+
+# ---- networks ----------------------------------------------------------------------------------
+
+
+class Head(nn.Module):
+    """h (B, F) -> z (B, D): linear, LayerNorm, tanh; a beta-VAE's adds noise of learned size."""
+
+    def __init__(self, h_dim, args):
+        super().__init__()
+        self.fc, self.norm = nn.Linear(h_dim, args.latent_dim), nn.LayerNorm(args.latent_dim)
+        stochastic = args.reconstruction == "vae"
+        self.log_std = nn.Linear(h_dim, args.latent_dim) if stochastic else None
+
+    def gaussian(self, h):
+        """Mean and log standard deviation (B, D) of q(z|o); None: deterministic."""
+        mu = torch.tanh(self.norm(self.fc(h)))
+        return mu, None if self.log_std is None else bounded_log_std(self.log_std(h))
+
+    def forward(self, h):
+        mu, log_std = self.gaussian(h)
+        return mu if log_std is None else mu + log_std.exp() * torch.randn_like(mu)
+
+    def kl(self, h):
+        """KL(q(z|o) || N(0, I)), summed over z, mean over the batch; 0 if deterministic."""
+        mu, log_std = self.gaussian(h)
+        if log_std is None:
+            return torch.zeros((), device=h.device)
+        return 0.5 * (mu.square() + (2 * log_std).exp() - 2 * log_std - 1).sum(-1).mean()
+
+
+class Encoder(nn.Module):
+    """obs (B, K * C, H, W) in [0, 1] -> convs -> h (B, F) -> head -> z (B, D).
+
+    Actor and critic share the convs; each has a head of its own.
+    """
+
+    def __init__(self, obs_shape, args):
+        super().__init__()
+        if len(obs_shape) == 1:  # --obs state: nothing to encode
+            self.convs, self.head, self.z_dim = nn.Identity(), nn.Identity(), obs_shape[0]
+            return
+        sizes, layers, channels = conv_sizes(obs_shape[-1], args.conv_strides), [], obs_shape[0]
+        for stride in args.conv_strides:
+            layers += [nn.Conv2d(channels, args.filters, 3, stride), nn.ReLU()]
+            channels = args.filters
+        self.convs = nn.Sequential(*layers, nn.Flatten())
+        self.head, self.z_dim = Head(channels * sizes[-1] ** 2, args), args.latent_dim
+
+    def forward(self, obs):
+        return self.head(self.convs(obs))
+
+
+class Decoder(nn.Module):
+    """z (B, D) -> image stack (B, K * C, H, W) in [-0.5, 0.5]: the encoder backwards."""
+
+    def __init__(self, obs_shape, args):
+        super().__init__()
+        sizes, n = conv_sizes(obs_shape[-1], args.conv_strides), args.filters
+        layers = [nn.Linear(args.latent_dim, n * sizes[-1] ** 2), nn.ReLU()]
+        layers += [nn.Unflatten(1, (n, sizes[-1], sizes[-1]))]
+        for i, stride in reversed(list(enumerate(args.conv_strides))):
+            missing = sizes[i] - (sizes[i + 1] - 1) * stride - 3  # what the conv's stride cut off
+            out = n if i else obs_shape[0]
+            layers += [nn.ConvTranspose2d(n, out, 3, stride, output_padding=missing), nn.ReLU()]
+        self.net = nn.Sequential(*layers[:-1])
+
+    def forward(self, z):
+        return self.net(z)
+
+
+class Actor(nn.Module):
+    """h (B, F) -> own head -> mean and log standard deviation (B, A) before the tanh."""
+
+    def __init__(self, encoder, action_dim, args):
+        super().__init__()
+        self.head = copy.deepcopy(encoder.head)
+        self.trunk = mlp(encoder.z_dim, args.hidden_dim, 2 * action_dim)
+
+    def forward(self, h):
+        mu, log_std = self.trunk(self.head(h)).chunk(2, -1)
+        return mu, bounded_log_std(log_std)
+
+
+class Critic(nn.Module):
+    """z (B, D), action (B, A) -> Q1, Q2 (B, 1)."""
+
+    def __init__(self, z_dim, action_dim, args):
+        super().__init__()
+        self.q1 = mlp(z_dim + action_dim, args.hidden_dim, 1)
+        self.q2 = mlp(z_dim + action_dim, args.hidden_dim, 1)
+
+    def forward(self, z, action):
+        z_action = torch.cat([z, action], -1)
+        return self.q1(z_action), self.q2(z_action)
+
+
+# ---- Agent -------------------------------------------------------------------------------------
+
+
+class Agent(nn.Module):
+    """SAC+AE. Losses are pure: tensors in, a scalar out; update() is the algorithm box."""
+
+    def __init__(self, args, spec):
+        super().__init__()
+        self.args, self.updates, self.action_dim = args, 0, spec.action_dim
+        obs_shape = (args.frame_stack * spec.obs_shape[0], *spec.obs_shape[1:])
+        self.encoder = Encoder(obs_shape, args)
+        self.actor = Actor(self.encoder, spec.action_dim, args)
+        self.critic = Critic(self.encoder.z_dim, spec.action_dim, args)
+        self.decoder = Decoder(obs_shape, args) if args.reconstruction != "none" else None
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.init_temperature)))
+        self.apply(weight_init).to(args.device, memory_format=torch.channels_last)
+        self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+
+        # Who trains what: a loss moves the parameters of its own optimizers, nothing else (see
+        # minimize). The encoder is in two: each loss has its own Adam moments, as published.
+        adam = functools.partial(torch.optim.Adam, fused=True)
+        encoder, convs = [*self.encoder.parameters()], [*self.encoder.convs.parameters()]
+        seen_by_critic = [] if args.freeze_encoder else encoder
+        seen_by_actor = convs if args.actor_trains_encoder else []  # D1
+        self.optimizers = {
+            "critic": adam([*seen_by_critic, *self.critic.parameters()], args.critic_lr),
+            "actor": adam([*self.actor.parameters(), *seen_by_actor], args.actor_lr),
+            "alpha": adam([self.log_alpha], args.alpha_lr, (args.alpha_beta1, 0.999)),
+        }
+        if self.decoder is not None:
+            decay = args.decoder_weight_decay  # coupled: Adam sees it in the gradient
+            self.optimizers["encoder"] = adam(encoder, args.encoder_lr)
+            self.optimizers["decoder"] = adam(
+                self.decoder.parameters(), args.decoder_lr, weight_decay=decay)
+
+    @torch.no_grad()  # acting learns nothing
+    def act(self, obs, carry, explore):
+        """Action (A,) for an obs (C, H, W), and the stack to carry on; None: an episode starts."""
+        obs = torch.as_tensor(obs, device=self.args.device)[None]
+        old = [obs] * (self.args.frame_stack - 1) if carry is None else [carry[:, obs.shape[1] :]]
+        stack = torch.cat([*old, obs], 1)  # (1, K * C, H, W)
+        mu, log_std = self.actor(self.encoder.convs(preprocess(stack)))
+        action = tanh_gaussian(mu, log_std)[0] if explore else torch.tanh(mu)
+        return action[0].cpu(), stack
+
+    def critic_loss(self, obs, action, reward, discount, next_obs):
+        with torch.no_grad():  # the target is a constant
+            next_action, log_prob = tanh_gaussian(*self.actor(self.encoder.convs(next_obs)))
+            q = torch.min(*self.target_critic(self.target_encoder(next_obs), next_action))
+            value = q - self.log_alpha.exp() * log_prob  # (B, 1)  [SAC+AE V]
+            target = reward + self.args.gamma * discount * value  # D3
+        q1, q2 = self.critic(self.encoder(obs), action)  # (B, 1)
+        return F.mse_loss(q1, target) + F.mse_loss(q2, target)  # [SAC+AE J(Q)]
+
+    def actor_loss(self, h):
+        """Also returns log pi (B, 1), for alpha_loss."""
+        action, log_prob = tanh_gaussian(*self.actor(h))
+        q = torch.min(*self.critic(self.encoder.head(h), action))
+        alpha = self.log_alpha.exp().detach()  # has a loss of its own
+        return (alpha * log_prob - q).mean(), log_prob  # [SAC+AE J(pi)]
+
+    def alpha_loss(self, log_prob):
+        target_entropy = -self.action_dim
+        error = (-log_prob - target_entropy).detach()  # moves alpha, not the actor
+        return (self.log_alpha.exp() * error).mean()  # [SAC+AE J(alpha)]
+
+    def image_target(self, images):
+        """uint8 to 32 grey levels plus uniform noise of one level, in [-0.5, 0.5)."""
+        return (images // 8 + torch.rand_like(images, dtype=torch.float32)) / 32 - 0.5
+
+    def reconstruction_loss(self, h, images):
+        """Pixel error, a penalty that keeps z small, and for a beta-VAE the KL instead."""
+        z = self.encoder.head(h)
+        error = F.mse_loss(self.decoder(z), self.image_target(images))
+        penalty = 0.5 * z.square().sum(-1).mean()
+        kl = self.args.kl_weight * self.encoder.head.kl(h)
+        return error + self.args.latent_weight * penalty + kl  # [SAC+AE J(RAE)]
+
+    def due(self, every):
+        """Whether what happens at every Nth update happens now; in the first burst it always does:
+        the authors' counter of environment steps stands still there."""
+        since = self.updates - self.args.pretrain_updates + 1
+        return since <= 0 or since % every == 0
+
+    def sample(self, buffer, rng):
+        return buffer.transitions(rng, self.args.batch_size, self.args.frame_stack)
+
+    def update(self, batch):
+        """One update from a batch of ReplayBuffer.transitions; metrics as 0-d tensors."""
+        optimizers, args = self.optimizers, self.args
+        obs, next_obs = preprocess(batch["obs"]), preprocess(batch["next_obs"])
+        columns = batch["action"], batch["reward"], batch["discount"]
+        metrics = {"loss/critic": self.critic_loss(obs, *columns, next_obs)}
+        minimize(metrics["loss/critic"], optimizers["critic"])
+        h = self.encoder.convs(obs)  # (B, F)  D2
+        if self.due(args.actor_every_updates):
+            metrics["loss/actor"], log_prob = self.actor_loss(h)
+            minimize(metrics["loss/actor"], optimizers["actor"])
+            metrics["loss/alpha"] = self.alpha_loss(log_prob)
+            minimize(metrics["loss/alpha"], optimizers["alpha"])
+            metrics |= {"stat/entropy": -log_prob.mean(), "stat/alpha": self.log_alpha.exp()}
+            if args.actor_trains_encoder:
+                h = self.encoder.convs(obs)  # they have just moved
+        if self.due(args.target_every_updates):
+            soft_update(self.critic, self.target_critic, args.critic_tau)
+            soft_update(self.encoder, self.target_encoder, args.encoder_tau)
+        if self.decoder is not None and self.due(args.decoder_every_updates):
+            metrics["loss/reconstruction"] = self.reconstruction_loss(h, batch["obs"])
+            minimize(metrics["loss/reconstruction"], optimizers["encoder"], optimizers["decoder"])
+        self.updates += 1
+        return {name: value.detach() for name, value in metrics.items()}
+
+    @torch.no_grad()  # for the eye
+    def images(self, buffer, rng):
+        """{name: uint8 (H, W, 3)}: eight newest images of stacks above their reconstructions."""
+        if self.decoder is None:
+            return {}
+        obs = buffer.transitions(rng, 8, self.args.frame_stack)["obs"]
+        output = self.decoder(self.encoder(preprocess(obs)))[:, -3:]
+        output = ((output + 0.5) * 255).clamp(0, 255).to(torch.uint8)
+        grid = torch.cat([obs[:, -3:], output], 2)  # (8, 3, 2 H, W)
+        return {"reconstruction": grid.permute(2, 0, 3, 1).flatten(1, 2).cpu().numpy()}
+
+
+# ---- evaluate (identical in four scripts; pearl_pixels.py evaluates task by task) --------------
+
+
+def evaluate(act, env, seed, episodes, video_size=0):
+    """Plays `episodes` episodes of `env` with act(obs, carry) -> action, carry.
+
+    Seeds the environment and PyTorch, and leaves PyTorch's random numbers as they were. Gives the
+    returns (episodes,) and the first episode's images (video_size, video_size, 3) if asked for.
+    """
+    returns, video = np.zeros(episodes), []
+    env.random.seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for i in range(episodes):
+            step, carry = env.reset(), None
+            while not step.last:
+                if video_size and i == 0:
+                    video.append(env.render(video_size).copy())
+                action, carry = act(step.obs, carry)
+                step = env.step(action)
+                returns[i] += step.reward
+    return returns, video
+
+
+# ---- Logger and checkpoints (identical in all five scripts) ------------------------------------
+
+
+@contextlib.contextmanager
+def survive(what):
+    """A full disk costs a warning, not the run."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        tqdm.write(f"warning: {what} not written: {e}", file=sys.stderr)
+
+
+def write_video(path, images, fps):
+    """MP4 if imageio-ffmpeg is installed, else GIF; gives the path with its suffix."""
+    mp4 = importlib.util.find_spec("imageio_ffmpeg")
+    path = path.with_suffix(".mp4" if mp4 else ".gif")
+    imageio.mimsave(path, images, fps=fps, **({} if mp4 else {"loop": 0}))
+    return path
+
+
+class Logger:
+    """Progress bar, metrics.csv with a row per log point, TensorBoard, images and videos."""
+
+    def __init__(self, args, run_dir, frames):
+        self.run_dir, self.rows, self.columns = run_dir, [], []
+        if (run_dir / "metrics.csv").exists():  # resumed: what the checkpoint lacks comes again
+            with open(run_dir / "metrics.csv", newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["frames"]) <= frames]
+        if args.track:
+            import wandb
+
+            wandb.init(name=run_dir.name, config=vars(args), sync_tensorboard=True)
+        self.writer = SummaryWriter(run_dir, purge_step=frames + 1)
+        self.bar = tqdm(total=args.total_frames, initial=frames, unit="frame", disable=None)
+
+    def log(self, row):
+        """Appends {name: number} to metrics.csv and TensorBoard; a new name is a new column."""
+        self.rows.append(row)
+        known, self.columns = self.columns, list(dict.fromkeys([*self.columns, *row]))
+        with survive("metrics"):
+            new = self.columns != known  # then the file is written anew
+            with open(self.run_dir / "metrics.csv", "w" if new else "a", newline="") as file:
+                writer = csv.DictWriter(file, self.columns)
+                if new:
+                    writer.writeheader()
+                writer.writerows(self.rows if new else [row])
+            for name in [name for name in row if "/" in name]:
+                self.writer.add_scalar(name, row[name], row["frames"])
+        self.bar.set_postfix({k: f"{v:.0f}" for k, v in row.items() if k.endswith("return")})
+
+    def show(self, frames, images, video, fps):
+        """Writes {name: uint8 (H, W, 3)} as PNG and to TensorBoard, and the video."""
+        with survive("images"):
+            for name, image in images.items():
+                path = self.run_dir / f"images/{frames:09d}_{name}.png"
+                path.parent.mkdir(exist_ok=True)
+                imageio.imwrite(path, image)
+                self.writer.add_image(name, image, frames, dataformats="HWC")
+            if video:
+                (self.run_dir / "videos").mkdir(exist_ok=True)
+                write_video(self.run_dir / f"videos/{frames:09d}", video, fps)
+
+
+def write_file(payload, path):
+    """Whole or not at all: temporary file, fsync, rename."""
+    part = path.with_suffix(".part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(payload, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_file(path, device="cpu"):
+    """torch.load that trusts nobody: every CRC is checked, only tensors and plain types come in."""
+    with zipfile.ZipFile(path) as archive:
+        if bad := archive.testzip():
+            raise ValueError(f"{bad} is damaged")
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def save_checkpoint(run_dir, args, agent, buffer, env, rng, progress):
+    """All that the rest of the run depends on; the checkpoint before stays as previous.pt."""
+    (run_dir / "replay").mkdir(exist_ok=True)
+    buffer.save(run_dir / "replay")
+    payload = {
+        "format": 1, "script": Path(__file__).stem, "args": dataclasses.asdict(args),
+        "agent": agent.state_dict(), "updates": agent.updates, "row": buffer.row,
+        "optimizers": {name: o.state_dict() for name, o in agent.optimizers.items()},
+        "env": env.state_dict(), "numpy": rng.bit_generator.state, "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if args.device.startswith("cuda") else [],
+        "progress": progress,
+    }  # fmt: skip
+    path = run_dir / "checkpoint.pt"
+    if path.exists():
+        shutil.copyfile(path, path.with_suffix(".part"))
+        os.replace(path.with_suffix(".part"), run_dir / "previous.pt")
+    write_file(payload, path)
+
+
+def read_checkpoint(path, flag, device):
+    """Payload of a checkpoint, or of the newest readable one of a run; refuses anything else."""
+    path, problems = Path(path), []
+    for file in [path / "checkpoint.pt", path / "previous.pt"] if path.is_dir() else [path]:
+        try:
+            payload = read_file(file, device)
+            if (payload["format"], payload["script"]) != (1, Path(__file__).stem):
+                raise ValueError(f"written by {payload['script']}, format {payload['format']}")
+        except Exception as e:  # whatever a damaged, foreign or hostile file makes them raise
+            why = "is missing" if isinstance(e, FileNotFoundError) else f"is unusable: {e}"
+            problems.append(f"{file.name} {why}"[:200])
+        else:
+            if problems:
+                print(f"warning: {problems[0]}; going on from {file.name}", file=sys.stderr)
+            return payload
+    refuse(flag, f"no checkpoint of {Path(__file__).name} in {path} ({'; '.join(problems)})")
+
+
+def load_checkpoint(payload, run_dir, agent, buffer, env, rng):
+    """Puts everything back where it was; gives the progress and the environment's Step."""
+    agent.load_state_dict(payload["agent"])
+    agent.updates = payload["updates"]
+    for name, optimizer in agent.optimizers.items():
+        optimizer.load_state_dict(payload["optimizers"][name])
+    try:
+        buffer.load(run_dir / "replay", payload["row"])
+    except Exception as e:
+        refuse("resume", f"a file in {run_dir / 'replay'} is missing or damaged ({e})")
+    rng.bit_generator.state = payload["numpy"]
+    torch.set_rng_state(payload["torch"].cpu())
+    if payload["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([state.cpu() for state in payload["cuda"]])
+    return payload["progress"], env.load_state_dict(payload["env"])
+
+
+# ---- train (identical in four scripts; pearl_pixels.py has a loop over tasks) ------------------
+
+
+def make_env(args, seed, pixels=True, video_size=0):
+    """The run's task; pixels=False does without images."""
+    return PixelEnv(args.env_id, seed, args.action_repeat, args.image_size, args.render,
+                    pixels and args.obs == "pixels", video_size)  # fmt: skip
+
+
+def replay_rows(args):
+    """Rows of the replay buffer: one per step and one per episode start, 1000 frames apart."""
+    rows = args.total_frames // args.action_repeat + args.total_frames // 1000 + 2
+    return min(args.replay_capacity, rows)
+
+
+class Interrupt:
+    """Ctrl-C or SIGTERM sets `signal`; the loop stops with a checkpoint. A second one kills."""
+
+    def __init__(self):
+        self.signal = 0
+        signal.signal(signal.SIGINT, self)
+        signal.signal(signal.SIGTERM, self)
+
+    def __call__(self, number, _):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+        print("\nstopping with a checkpoint; once more to stop at once", file=sys.stderr)
+
+
+def check_finite(metrics, updates):
+    """Ends a run whose losses are NaN or infinite, before such weights reach a checkpoint."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            sys.exit(f"error: {name} is {float(value)} after {updates} updates; the last good "
+                     "checkpoint is kept")  # fmt: skip
+
+
+def train(args, run_dir, interrupt, payload=None):
+    """The training loop; knows nothing of the algorithm. Gives the summary's numbers."""
+    rng = np.random.default_rng(args.seed)
+    torch.manual_seed(args.seed)
+    env, video_size = make_env(args, args.seed), 256 if args.video else 0
+    eval_env, eval_seed = make_env(args, 0, video_size=video_size), args.seed + 2**31
+    agent = Agent(args, env.spec)
+    buffer = ReplayBuffer(replay_rows(args), env.spec, args.device)
+    total_steps = args.total_frames // args.action_repeat
+    eval_steps = max(1, args.eval_every_frames // args.action_repeat)
+    fps = max(1, round(1 / (env.env.control_timestep() * args.action_repeat)))
+
+    def random_action():
+        return torch.as_tensor(rng.uniform(-1, 1, env.spec.action_dim), dtype=torch.float32)
+
+    if payload:
+        now, step = load_checkpoint(payload, run_dir, agent, buffer, env, rng)
+    else:
+        blind = make_env(args, 0, pixels=False)
+        returns, _ = evaluate(lambda *_: (random_action(), None), blind, eval_seed, 10)
+        print(f"random policy: {returns.mean():.1f} +- {returns.std():.1f} over 10 episodes")
+        now = {"step": 0, "action": None, "carry": None, "return": 0.0, "metrics": {}, "saved": 0,
+               "wall_s": 0.0, "random_return": returns.mean().item(), "eval_return": None}
+        step = env.reset()
+        buffer.add(step)
+    logger = Logger(args, run_dir, now["step"] * args.action_repeat)
+    clock = time.monotonic() - now["wall_s"]
+    while now["step"] < total_steps:
+        if now["action"] is None:
+            now["action"], now["carry"] = agent.act(step.obs, now["carry"], explore=True)
+            if now["step"] < args.warmup_steps:
+                now["action"] = random_action()
+        since = now["step"] - args.warmup_steps
+        due = args.pretrain_updates + int(args.updates_per_step * since) if since >= 0 else 0
+        while agent.updates < due and not interrupt.signal:
+            began = time.monotonic()
+            now["metrics"] |= agent.update(agent.sample(buffer, rng))
+            if agent.updates == 10 and args.device == "cpu":
+                left = due + args.updates_per_step * (total_steps - now["step"])
+                hours = (time.monotonic() - began) * left / 3600
+                tqdm.write(f"the updates take about {hours:.1f} hours on this CPU (see --smoke)")
+        if interrupt.signal:
+            break
+
+        step = env.step(now["action"])
+        buffer.add(step, now["action"])
+        now |= {"step": now["step"] + 1, "action": None, "return": now["return"] + step.reward}
+        frames, row = now["step"] * args.action_repeat, {}
+        logger.bar.update(args.action_repeat)
+        if step.last:
+            row["train/return"] = now["return"]
+        if now["step"] % eval_steps == 0 or now["step"] == total_steps:
+            policy = functools.partial(agent.act, explore=False)
+            returns, video = evaluate(policy, eval_env, eval_seed, args.eval_episodes, video_size)
+            now["eval_return"] = row["eval/return"] = returns.mean().item()
+            row["eval/return_std"] = returns.std().item()
+            tqdm.write(f"{frames:,} frames: evaluation {returns.mean():.1f} +- {returns.std():.1f}")
+            with torch.random.fork_rng():
+                logger.show(frames, agent.images(buffer, np.random.default_rng(0)), video, fps)
+        if row:
+            check_finite(now["metrics"], agent.updates)
+            now["wall_s"] = time.monotonic() - clock
+            counters = {"frames": frames, "steps": now["step"], "updates": agent.updates}
+            metrics = {name: float(value) for name, value in now["metrics"].items()}
+            logger.log(counters | row | metrics | {"time/wall_s": now["wall_s"]})
+        if step.last:
+            step = env.reset()
+            buffer.add(step)
+            now |= {"carry": None, "return": 0.0}
+            if frames - now["saved"] >= args.checkpoint_every_frames:
+                now["saved"] = frames
+                with survive("checkpoint"):
+                    save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
+    logger.bar.close()
+    logger.writer.close()
+    check_finite(now["metrics"], agent.updates)
+    now["wall_s"] = time.monotonic() - clock
+    with survive("checkpoint"):
+        save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
+    for each in (env, eval_env):
+        each.close()
+    return summary(args, now, agent.updates)
+
+
+# ---- main (identical in all five scripts) ------------------------------------------------------
+
+
+def summary(args, now, updates):
+    """The numbers of the last line that is printed."""
+    return {"env_id": args.env_id, "script": Path(__file__).stem, "seed": args.seed,
+            "device": args.device, "frames": now["step"] * args.action_repeat, "updates": updates,
+            "wall_s": round(now["wall_s"], 1), "random_return": now["random_return"],
+            "eval_return": now["eval_return"]}  # fmt: skip
+
+
+def play(args):
+    """--evaluate: plays a checkpoint's agent and writes a video beside it."""
+    payload, path = read_checkpoint(args.evaluate, "evaluate", args.device), Path(args.evaluate)
+    chosen = {k: getattr(args, k) for k in ("device", "eval_episodes", "seed", "video")}
+    args = dataclasses.replace(make_args(payload["args"]), **chosen)
+    env = make_env(args, 0, video_size=256)
+    agent = Agent(args, env.spec)
+    agent.load_state_dict(payload["agent"])
+    policy = functools.partial(agent.act, explore=False)
+    returns, video = evaluate(policy, env, args.seed + 2**31, args.eval_episodes, 256 * args.video)
+    if video:
+        fps = max(1, round(1 / (env.env.control_timestep() * args.action_repeat)))
+        folder = path if path.is_dir() else path.parent
+        print(f"video: {write_video(folder / 'evaluation', video, fps)}")
+    env.close()
+    print("returns: " + " ".join(f"{r:.1f}" for r in returns))
+    now = payload["progress"] | {"eval_return": returns.mean().item()}
+    return summary(args, now, payload["updates"])
+
+
+def main(args):
+    """Checks what takes PyTorch and the simulator to check, then trains or plays."""
+    if args.device == "auto":
+        mps = torch.backends.mps.is_available()
+        args.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as e:
+        refuse("device", f"{args.device} cannot be used; try auto ({str(e).splitlines()[0]})")
+    if args.evaluate:
+        print("summary " + json.dumps(play(args) | {"run_dir": args.evaluate}))
+        return
+    with require_renderer():
+        env = make_env(args, 0)
+        env.close()
+    rows, row_bytes = replay_rows(args), ReplayBuffer.row_bytes(env.spec)
+    size, free = rows * row_bytes, free_memory(args.device)
+    if size > free:
+        refuse("replay_capacity", f"{rows} rows of {row_bytes} bytes are {size / 2**30:.1f} GiB, "
+               f"{free / 2**30:.1f} are free; at most {int(0.9 * free / row_bytes)}")  # fmt: skip
+    payload, run_dir = None, Path(args.resume)
+    if args.resume:
+        payload = read_checkpoint(run_dir, "resume", args.device)
+    else:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        names = args.env_id, Path(__file__).stem, str(args.seed), stamp
+        run_dir = Path(args.runs_dir, "__".join(names))
+        try:
+            run_dir.mkdir(parents=True)
+            (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
+        except OSError as e:
+            refuse("runs_dir", f"{run_dir} cannot be made ({e.strerror})")
+    print(f"{args.env_id}, seed {args.seed}, {args.device}, in {run_dir}\nreplay: {rows:,} rows of "
+          f"{row_bytes:,} bytes, {size / 2**30:.2f} GiB of {free / 2**30:.1f} free", flush=True)
+    interrupt = Interrupt()
+    numbers = train(args, run_dir, interrupt, payload)
+    if interrupt.signal:
+        print(f"stopped; to go on: python {Path(__file__).name} --resume {run_dir}")
+        sys.exit(128 + interrupt.signal)
+    print("summary " + json.dumps(numbers | {"run_dir": str(run_dir)}))
+
+
+if __name__ == "__main__":
+    main(ARGS)
