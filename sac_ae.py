@@ -46,7 +46,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import time
@@ -135,10 +134,10 @@ FREE_ON_RESUME = {"checkpoint_every_frames", "device", "eval_episodes", "eval_ev
                   "resume", "runs_dir", "smoke", "total_frames", "track", "video"}  # fmt: skip
 
 
-def refuse(flag, why):
-    """Bad usage: one line that names the flag and the remedy; exit status 2."""
-    why = " ".join(str(why).split())
-    print(f"error: --{flag.replace('_', '-')}: {why}", file=sys.stderr)
+def refuse(name, why):
+    """Bad usage: one line that names the flag (or variable) and the remedy; exit status 2."""
+    flag = name if name.isupper() else "--" + name.replace("_", "-")
+    print(f"error: {flag}: {' '.join(str(why).split())}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -204,11 +203,9 @@ def require_renderer():
     try:
         yield
     except Exception as e:
-        sys.exit(print(
-            f"error: MUJOCO_GL={os.environ.get('MUJOCO_GL', '')}: cannot render ({e}). "
-            "MUJOCO_GL=egl needs a GPU driver or apt-get install libegl1 libgl1-mesa-dri, "
-            "MUJOCO_GL=osmesa needs apt-get install libosmesa6, MUJOCO_GL=glfw a screen.",
-            file=sys.stderr) or 2)  # fmt: skip
+        refuse("MUJOCO_GL", f"{os.environ.get('MUJOCO_GL')} cannot render ({e}). egl needs a GPU "
+               "driver or apt-get install libegl1 libgl1-mesa-dri; osmesa needs "
+               "apt-get install libosmesa6; glfw needs a screen")  # fmt: skip
 
 
 def conv_sizes(size, strides):
@@ -285,6 +282,7 @@ class PixelEnv:
             self.flags = {"shadow": False, "reflection": False}
         dtype = torch.uint8 if pixels else torch.float32
         self.spec = EnvSpec(self.reset().obs.shape, dtype, len(self.low))
+        self.fps = max(1, round(1 / (self.env.control_timestep() * action_repeat)))  # of a video
         self.random.seed(seed)
 
     def reset(self):
@@ -779,11 +777,10 @@ def write_video(path, images, fps):
 class Logger:
     """Progress bar, metrics.csv with a row per log point, TensorBoard, images and videos."""
 
-    def __init__(self, args, run_dir, frames):
-        self.run_dir, self.rows, self.columns = run_dir, [], []
-        if (run_dir / "metrics.csv").exists():  # resumed: what the checkpoint lacks comes again
-            with open(run_dir / "metrics.csv", newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["frames"]) <= frames]
+    def __init__(self, args, run_dir, frames, rows):
+        self.run_dir, self.rows, self.columns = run_dir, rows, []
+        for name in ("images", "videos"):
+            (run_dir / name).mkdir(exist_ok=True)
         if args.track:
             import wandb
 
@@ -792,11 +789,11 @@ class Logger:
         self.bar = tqdm(total=args.total_frames, initial=frames, unit="frame", disable=None)
 
     def log(self, row):
-        """Appends {name: number} to metrics.csv and TensorBoard; a new name is a new column."""
+        """Appends {name: number} to metrics.csv and TensorBoard."""
         self.rows.append(row)
         known, self.columns = self.columns, list(dict.fromkeys([*self.columns, *row]))
         with survive("metrics"):
-            new = self.columns != known  # then the file is written anew
+            new = self.columns != known  # a new column, or just resumed: write the file anew
             with open(self.run_dir / "metrics.csv", "w" if new else "a", newline="") as file:
                 writer = csv.DictWriter(file, self.columns)
                 if new:
@@ -810,23 +807,22 @@ class Logger:
         """Writes {name: uint8 (H, W, 3)} as PNG and to TensorBoard, and the video."""
         with survive("images"):
             for name, image in images.items():
-                path = self.run_dir / f"images/{frames:09d}_{name}.png"
-                path.parent.mkdir(exist_ok=True)
-                imageio.imwrite(path, image)
+                imageio.imwrite(self.run_dir / f"images/{frames:09d}_{name}.png", image)
                 self.writer.add_image(name, image, frames, dataformats="HWC")
             if video:
-                (self.run_dir / "videos").mkdir(exist_ok=True)
                 write_video(self.run_dir / f"videos/{frames:09d}", video, fps)
 
 
-def write_file(payload, path):
-    """Whole or not at all: temporary file, fsync, rename."""
+def write_file(payload, path, previous=None):
+    """Whole or not at all: temporary file, fsync, rename; what was there becomes `previous`."""
     part = path.with_suffix(".part")
     try:
         with open(part, "wb") as file:
             torch.save(payload, file)
             file.flush()
             os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -852,11 +848,7 @@ def save_checkpoint(run_dir, args, agent, buffer, env, rng, progress):
         "cuda": torch.cuda.get_rng_state_all() if args.device.startswith("cuda") else [],
         "progress": progress,
     }  # fmt: skip
-    path = run_dir / "checkpoint.pt"
-    if path.exists():
-        shutil.copyfile(path, path.with_suffix(".part"))
-        os.replace(path.with_suffix(".part"), run_dir / "previous.pt")
-    write_file(payload, path)
+    write_file(payload, run_dir / "checkpoint.pt", run_dir / "previous.pt")
 
 
 def read_checkpoint(path, flag, device):
@@ -941,7 +933,6 @@ def train(args, run_dir, interrupt, payload=None):
     buffer = ReplayBuffer(replay_rows(args), env.spec, args.device)
     total_steps = args.total_frames // args.action_repeat
     eval_steps = max(1, args.eval_every_frames // args.action_repeat)
-    fps = max(1, round(1 / (env.env.control_timestep() * args.action_repeat)))
 
     def random_action():
         return torch.as_tensor(rng.uniform(-1, 1, env.spec.action_dim), dtype=torch.float32)
@@ -952,11 +943,12 @@ def train(args, run_dir, interrupt, payload=None):
         blind = make_env(args, 0, pixels=False)
         returns, _ = evaluate(lambda *_: (random_action(), None), blind, eval_seed, 10)
         print(f"random policy: {returns.mean():.1f} +- {returns.std():.1f} over 10 episodes")
-        now = {"step": 0, "action": None, "carry": None, "return": 0.0, "metrics": {}, "saved": 0,
-               "wall_s": 0.0, "random_return": returns.mean().item(), "eval_return": None}
+        now = {"step": 0, "action": None, "carry": None, "return": 0.0, "metrics": {}, "rows": [],
+               "random_return": returns.mean().item(), "eval_return": None, "wall_s": 0.0,
+               "saved": 0}  # fmt: skip
         step = env.reset()
         buffer.add(step)
-    logger = Logger(args, run_dir, now["step"] * args.action_repeat)
+    logger = Logger(args, run_dir, now["step"] * args.action_repeat, now["rows"])
     clock = time.monotonic() - now["wall_s"]
     while now["step"] < total_steps:
         if now["action"] is None:
@@ -989,7 +981,7 @@ def train(args, run_dir, interrupt, payload=None):
             row["eval/return_std"] = returns.std().item()
             tqdm.write(f"{frames:,} frames: evaluation {returns.mean():.1f} +- {returns.std():.1f}")
             with torch.random.fork_rng():
-                logger.show(frames, agent.images(buffer, np.random.default_rng(0)), video, fps)
+                logger.show(frames, agent.images(buffer, np.random.default_rng(0)), video, env.fps)
         if row:
             check_finite(now["metrics"], agent.updates)
             now["wall_s"] = time.monotonic() - clock
@@ -1037,9 +1029,8 @@ def play(args):
     policy = functools.partial(agent.act, explore=False)
     returns, video = evaluate(policy, env, args.seed + 2**31, args.eval_episodes, 256 * args.video)
     if video:
-        fps = max(1, round(1 / (env.env.control_timestep() * args.action_repeat)))
         folder = path if path.is_dir() else path.parent
-        print(f"video: {write_video(folder / 'evaluation', video, fps)}")
+        print(f"video: {write_video(folder / 'evaluation', video, env.fps)}")
     env.close()
     print("returns: " + " ".join(f"{r:.1f}" for r in returns))
     now = payload["progress"] | {"eval_return": returns.mean().item()}

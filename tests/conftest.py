@@ -1,0 +1,71 @@
+"""The harness: finds the scripts that exist, imports them, runs them as a user would."""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = [name for name in ("sac_ae", "sac_gaara", "slac", "dreamerv2", "pearl_pixels")
+           if (ROOT / f"{name}.py").exists()]
+sys.path.insert(0, str(ROOT))
+if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+    os.environ.setdefault("MUJOCO_GL", "egl")  # as the scripts do, before a test imports dm_control
+
+# Four episodes of 50 steps, about 150 updates of a tiny network: a whole run in a few seconds.
+TINY = {
+    "sac_ae": "--env-id cartpole-balance --action-repeat 20 --total-frames 4000 --image-size 24 "
+    "--render fast --warmup-steps 60 --pretrain-updates 10 --batch-size 4 --filters 4 "
+    "--conv-strides 2 2 --hidden-dim 16 --eval-every-frames 2000 --eval-episodes 1 "
+    "--checkpoint-every-frames 1000 --device cpu --no-video",
+}
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; run with -m slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leaves the slow tests out unless -m asks for them."""
+    if not config.option.markexpr:
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
+@pytest.fixture(params=SCRIPTS)
+def script(request):
+    """The module of every script in turn."""
+    return importlib.import_module(request.param)
+
+
+def command(name, flags):
+    return [sys.executable, str(ROOT / f"{name}.py"), *str(flags).split()]
+
+
+def run(name, flags, **kwargs):
+    """Runs a script to its end: the finished process, with its output as text."""
+    kwargs = {"capture_output": True, "text": True, "timeout": 900, **kwargs}
+    return subprocess.run(command(name, flags), **kwargs)
+
+
+def summary(process):
+    """The numbers of a run's last line."""
+    assert process.returncode == 0, process.stdout + process.stderr
+    word, numbers = process.stdout.splitlines()[-1].split(" ", 1)
+    assert word == "summary"
+    return json.loads(numbers)
+
+
+def tiny_args(module, **changes):
+    """The tiny run's Args, with changes."""
+    import tyro
+
+    args = tyro.cli(module.Args, args=TINY[module.__name__].split())
+    for key, value in changes.items():
+        setattr(args, key, value)
+    return args

@@ -1,0 +1,121 @@
+"""ReplayBuffer against a naive one that stores every stacked observation twice."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.stats
+import torch
+
+K, A, SHAPE = 3, 2, (3, 4, 4)
+
+
+def fill(script, capacity, lengths, seed=0):
+    """A buffer, and per row t the naive transition (obs, action, reward, discount, next_obs)."""
+    rng = np.random.default_rng(seed)
+    buffer = script.ReplayBuffer(capacity, script.EnvSpec(SHAPE, torch.uint8, A), "cpu")
+    naive, episodes = {}, []
+    for length in lengths:
+        stack = [rng.integers(0, 256, SHAPE, dtype=np.uint8)] * K
+        buffer.add(script.Step(stack[-1], None, 0.0, 1.0, False))
+        first = buffer.row - 1
+        for t in range(length):
+            image = rng.integers(0, 256, SHAPE, dtype=np.uint8)
+            action = torch.as_tensor(rng.random(A), dtype=torch.float32)
+            reward, discount = rng.normal(), float(t < length - 1)
+            naive[buffer.row - 1] = (np.concatenate(stack), action, reward, discount,
+                                     np.concatenate([*stack[1:], image]))
+            stack = [*stack[1:], image]
+            buffer.add(script.Step(image, None, reward, discount, t == length - 1), action)
+        episodes.append(range(first, buffer.row))
+    return buffer, naive, episodes
+
+
+LENGTHS = [5, 1, 9, 2, 13, 7, 4]  # 41 transitions in 48 rows
+
+
+@pytest.mark.parametrize("capacity", [100, 48, 30, 17])
+def test_transitions_equal_the_naive_buffers(script, capacity, monkeypatch):
+    buffer, naive, _ = fill(script, capacity, LENGTHS)
+    oldest = buffer.row - capacity
+    rows = np.array([t for t in naive if t >= max(oldest + K - 1, 0) or oldest <= 0 <= t])
+    monkeypatch.setattr(buffer, "draw", lambda *_: rows)
+    batch = buffer.transitions(None, len(rows), K)
+    assert batch["obs"].dtype == torch.uint8 and batch["obs"].shape == (len(rows), 3 * K, 4, 4)
+    for i, t in enumerate(rows):
+        obs, action, reward, discount, next_obs = naive[t]
+        assert np.array_equal(batch["obs"][i], obs)
+        assert np.array_equal(batch["next_obs"][i], next_obs)
+        assert torch.equal(batch["action"][i], action)
+        assert batch["reward"][i].item() == np.float32(reward)
+        assert batch["discount"][i].item() == discount
+
+
+@pytest.mark.parametrize("capacity", [100, 30])
+@pytest.mark.parametrize("length, history", [(2, 1), (2, 3), (4, 1), (8, 1)])
+def test_draws_are_uniform_over_exactly_the_valid_rows(script, capacity, length, history):
+    buffer, _, episodes = fill(script, capacity, LENGTHS)
+    oldest = max(buffer.row - capacity, 0)
+    low = oldest + (history - 1 if oldest else 0)
+    valid = [t for e in episodes for t in e if t >= low and t + length - 1 in e]
+    drawn = buffer.draw(np.random.default_rng(0), 200 * len(valid), length, history)
+    values, counts = np.unique(drawn, return_counts=True)
+    assert values.tolist() == valid
+    assert scipy.stats.chisquare(counts).pvalue > 1e-3
+
+
+def test_too_long_sequences_are_an_error(script):
+    buffer, _, _ = fill(script, 100, LENGTHS)
+    with pytest.raises(ValueError, match="15 rows"):
+        buffer.draw(np.random.default_rng(0), 8, 15)
+
+
+@pytest.mark.parametrize("capacity", [100, 30])
+def test_sequences(script, capacity):
+    buffer, naive, episodes = fill(script, capacity, LENGTHS)
+    batch = buffer.sequences(np.random.default_rng(1), 64, 5)
+    assert batch["obs"].shape == (64, 5, *SHAPE) and batch["action"].shape == (64, 5, A)
+    last = {naive[t][4][-3:].tobytes(): t + 1 for t in naive}  # image -> row
+    for i in range(64):
+        rows = [last.get(image.numpy().tobytes()) for image in batch["obs"][i]]
+        start = rows[1] - 1
+        assert rows[1:] == list(range(start + 1, start + 5))
+        assert any(start in e and start + 4 in e for e in episodes)
+        assert batch["is_first"][i].tolist() == [start + j in {e[0] for e in episodes}
+                                                 for j in range(5)]
+        for j in range(1, 5):  # row t holds what arriving there brought
+            assert torch.equal(batch["action"][i, j], naive[start + j - 1][1])
+            assert batch["reward"][i, j].item() == np.float32(naive[start + j - 1][2])
+        if batch["is_first"][i, 0]:
+            assert batch["action"][i, 0].abs().sum() == 0 and batch["reward"][i, 0] == 0
+
+
+def test_memory(script):
+    spec = script.EnvSpec((3, 84, 84), torch.uint8, 6)
+    buffer = script.ReplayBuffer(1000, spec, "cpu")
+    taken = buffer.start.nbytes + sum(c.nbytes for c in buffer.columns.values())
+    assert taken == 1000 * buffer.row_bytes(spec)
+    assert buffer.row_bytes(spec) <= 21_300
+
+
+@pytest.mark.parametrize("capacity", [100, 30])
+def test_saved_in_parts_and_loaded(script, capacity, tmp_path):
+    """The parts are written at rows 20, 20 and 48: an empty one, and one that wraps around."""
+    buffer, _, _ = fill(script, capacity, LENGTHS[:3])
+    buffer.save(tmp_path)
+    buffer.save(tmp_path)
+    whole, _, _ = fill(script, capacity, LENGTHS)
+    whole.saved = buffer.saved
+    whole.save(tmp_path)
+    loaded = script.ReplayBuffer(capacity, script.EnvSpec(SHAPE, torch.uint8, A), "cpu")
+    loaded.load(tmp_path, whole.row)
+    assert loaded.row == loaded.saved == whole.row
+    kept = np.arange(max(0, whole.row - capacity), whole.row)
+    for column in whole.columns:
+        assert torch.equal(loaded.gather(column, kept), whole.gather(column, kept))
+    assert np.array_equal(loaded.start[kept % capacity], whole.start[kept % capacity])
+
+
+def test_free_memory_is_below_the_machines(script):
+    total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
+    assert 0 < script.free_memory("cpu") <= total
