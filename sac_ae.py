@@ -310,7 +310,7 @@ class PixelEnv:
         if self.pixels:
             obs = self.render(self.image_size).transpose(2, 0, 1).copy()
         discount = 1.0 if time_step.discount is None else time_step.discount
-        return Step(obs, state, reward, discount, self.last)
+        return Step(obs, state, float(reward), float(discount), self.last)
 
     def render(self, size):
         """Image (size, size, 3) uint8; copy it, the camera draws into the same array again."""
@@ -791,7 +791,7 @@ class Logger:
     def log(self, row):
         """Appends {name: number} to metrics.csv and TensorBoard."""
         self.rows.append(row)
-        known, self.columns = self.columns, list(dict.fromkeys([*self.columns, *row]))
+        known, self.columns = self.columns, list(dict.fromkeys(k for r in self.rows for k in r))
         with survive("metrics"):
             new = self.columns != known  # a new column, or just resumed: write the file anew
             with open(self.run_dir / "metrics.csv", "w" if new else "a", newline="") as file:
@@ -963,7 +963,7 @@ def train(args, run_dir, interrupt, payload=None):
             if agent.updates == 10 and args.device == "cpu":
                 left = due + args.updates_per_step * (total_steps - now["step"])
                 hours = (time.monotonic() - began) * left / 3600
-                tqdm.write(f"the updates take about {hours:.1f} hours on this CPU (see --smoke)")
+                tqdm.write(f"on this CPU the updates take about {hours:.2g} hours, see --smoke")
         if interrupt.signal:
             break
 
@@ -992,7 +992,8 @@ def train(args, run_dir, interrupt, payload=None):
             step = env.reset()
             buffer.add(step)
             now |= {"carry": None, "return": 0.0}
-            if frames - now["saved"] >= args.checkpoint_every_frames:
+            far = frames - now["saved"] >= args.checkpoint_every_frames
+            if far and now["step"] < total_steps:
                 now["saved"] = frames
                 with survive("checkpoint"):
                     save_checkpoint(run_dir, args, agent, buffer, env, rng, now)

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = [name for name in ("sac_ae", "sac_gaara", "slac", "dreamerv2", "pearl_pixels")
            if (ROOT / f"{name}.py").exists()]
 sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks: more threads only wait
 if sys.platform == "linux" and not os.environ.get("DISPLAY"):
     os.environ.setdefault("MUJOCO_GL", "egl")  # as the scripts do, before a test imports dm_control
 

@@ -1,0 +1,279 @@
+"""Whole runs of every script, tiny: what they leave, that they repeat, that they can be resumed."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio.v3 as imageio
+import pytest
+import torch
+from conftest import SCRIPTS, TINY, command, run, summary, tiny_args
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+
+class Stop:
+    """Stands in for Interrupt: asks for a stop when it is looked at for the `after`th time."""
+
+    def __init__(self, after=10**9):
+        self.looks, self.after = 0, after
+
+    @property
+    def signal(self):
+        self.looks += 1
+        return 2 if self.looks >= self.after else 0
+
+
+def train(module, run_dir, after=10**9, payload=None, **changes):
+    """One train() call in this process."""
+    args = tiny_args(module, **changes)
+    run_dir.mkdir(exist_ok=True)
+    numbers = module.train(args, run_dir, Stop(after), payload)
+    return numbers, torch.load(run_dir / "checkpoint.pt", weights_only=True)
+
+
+def metrics(run_dir):
+    """Rows of metrics.csv without the times."""
+    with open(Path(run_dir) / "metrics.csv", newline="") as file:
+        return [{k: v for k, v in row.items() if not k.startswith("time")}
+                for row in csv.DictReader(file)]
+
+
+def assert_same(one, two, path="checkpoint"):
+    """Nested containers of tensors and plain values are equal, bit for bit; times do not count."""
+    assert type(one) is type(two), path
+    if isinstance(one, dict):
+        assert one.keys() == two.keys(), path
+        for key in one:
+            if not str(key).startswith(("wall_s", "time", "args")):
+                assert_same(one[key], two[key], f"{path}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(two), path
+        for i, (a, b) in enumerate(zip(one, two, strict=True)):
+            assert_same(a, b, f"{path}[{i}]")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, two), path
+    else:
+        assert one == two or one != one and two != two, path
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def whole(request, tmp_path_factory):
+    """A script's run from the command line that nobody disturbed: (script's name, summary)."""
+    runs = tmp_path_factory.mktemp("whole")
+    flags = TINY[request.param].replace("--no-video", "")
+    return request.param, summary(run(request.param, f"{flags} --runs-dir {runs}"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """{script: (run folder, last checkpoint)} of runs in this process, made when asked for."""
+    done = {}
+
+    def get(module):
+        if module not in done:
+            run_dir = tmp_path_factory.mktemp("undisturbed")
+            done[module] = run_dir, train(module, run_dir)[1]
+        return done[module]
+
+    return get
+
+
+def test_a_run_and_what_it_leaves(whole):
+    name, numbers = whole
+    run_dir = Path(numbers["run_dir"])
+    assert numbers["script"] == name and numbers["frames"] == 4000 and numbers["updates"] > 100
+    assert numbers["device"] == "cpu" and numbers["seed"] == 1
+    assert 100 < numbers["random_return"] < 500 and 0 <= numbers["eval_return"] <= 1000
+    assert run_dir.name.startswith(f"cartpole-balance__{name}__1__")
+    rows = metrics(run_dir)
+    assert [int(r["frames"]) for r in rows] == [1000, 2000, 3000, 4000]
+    assert all(int(r["steps"]) * 20 == int(r["frames"]) for r in rows)
+    assert [bool(r["eval/return"]) for r in rows] == [False, True, False, True]
+    assert float(rows[-1]["eval/return"]) == numbers["eval_return"]
+    losses = [k for k in rows[0] if k.startswith("loss/")]
+    assert losses and all(float(rows[-1][k]) != float(rows[-2][k]) for k in losses)
+    events = EventAccumulator(str(run_dir)).Reload()
+    assert set(events.Tags()["scalars"]) == {k for k in rows[0] if "/" in k} | {"time/wall_s"}
+    assert events.Scalars("eval/return")[-1].step == 4000
+    videos = sorted((run_dir / "videos").iterdir())
+    assert [v.stem for v in videos] == ["000002000", "000004000"]
+    frames = imageio.imread(videos[0])
+    assert frames.shape[1:] == (256, 256, 3) and 10 < len(frames) <= 50 and frames.std() > 10
+    images = sorted((run_dir / "images").iterdir())
+    assert len(images) == 2 * len({i.stem[10:] for i in images})
+    assert all(imageio.imread(i).std() > 5 for i in images)
+    saved = json.loads((run_dir / "args.json").read_text())
+    assert saved["total_frames"] == 4000 and saved["action_repeat"] == 20
+
+
+def test_every_trained_tensor_has_moved(whole):
+    name, numbers = whole
+    module = sys.modules.get(name) or __import__(name)
+    args = tiny_args(module)
+    torch.manual_seed(args.seed)
+    env = module.make_env(args, args.seed)
+    before = module.Agent(args, env.spec).state_dict()
+    after = torch.load(Path(numbers["run_dir"], "checkpoint.pt"), weights_only=True)["agent"]
+    still = [k for k in before if torch.equal(before[k], after[k])]
+    assert not still
+
+
+def test_play(whole):
+    name, numbers = whole
+    run_dir = Path(numbers["run_dir"])
+    for target in (run_dir, run_dir / "previous.pt"):
+        (run_dir / "evaluation.gif").unlink(missing_ok=True)
+        process = run(name, f"--evaluate {target} --eval-episodes 2 --device cpu")
+        played = summary(process)
+        assert 10 < len(imageio.imread(run_dir / "evaluation.gif")) <= 50
+        assert "returns: " in process.stdout
+    last = summary(run(name, f"--evaluate {run_dir} --eval-episodes 1 --no-video --device cpu"))
+    assert last["eval_return"] == numbers["eval_return"]  # one episode, the same seed
+    assert played["frames"] < last["frames"] == 4000
+
+
+def test_same_seed_same_run_and_evaluation_changes_nothing(script, undisturbed, tmp_path):
+    reference, one = undisturbed(script)
+    two = train(script, tmp_path / "two")[1]
+    assert_same(one, two)
+    assert metrics(reference) == metrics(tmp_path / "two")
+    off = train(script, tmp_path / "off", eval_every_frames=10**9)[1]
+    for key in ("agent", "optimizers", "numpy", "torch", "env"):
+        assert_same(one[key], off[key])
+    other = train(script, tmp_path / "other", seed=2)[1]
+    assert one["agent"].keys() == other["agent"].keys() and one["numpy"] != other["numpy"]
+
+
+@pytest.mark.parametrize("after", [2, 61, 66, 75, 130, 190])
+def test_stopped_anywhere_and_resumed_is_the_same_run(script, undisturbed, tmp_path, after):
+    """In the warm-up, in the first burst, in the middle of an episode; twice in one run."""
+    reference, uninterrupted = undisturbed(script)
+    run_dir = tmp_path / "run"
+    train(script, run_dir, after)
+    for again in (after // 2 + 5, 10**9):
+        payload = script.read_checkpoint(run_dir, "resume", "cpu")
+        resumed = train(script, run_dir, again, payload)[1]
+    assert resumed["updates"] == uninterrupted["updates"]
+    assert_same(uninterrupted, resumed)
+    assert metrics(reference) == metrics(run_dir)
+
+
+def wait_for(path, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not list(Path(path).glob("*/checkpoint.pt")):
+        assert process.poll() is None and time.monotonic() < end, process.communicate()
+        time.sleep(0.02)
+    return next(Path(path).glob("*"))
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130),
+                                          (signal.SIGTERM, 143)])
+def test_signals(whole, tmp_path, number, code):
+    """kill -9 loses what came after the checkpoint; the other two write one first."""
+    name, numbers = whole
+    flags = TINY[name].replace("--no-video", "") + f" --runs-dir {tmp_path}"
+    process = subprocess.Popen(command(name, flags), stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    run_dir = wait_for(tmp_path, process)
+    time.sleep(0.3)
+    process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    if number != signal.SIGKILL:
+        assert f"--resume {run_dir}" in output and "once more" in errors
+        assert "Traceback" not in errors
+    resumed = summary(run(name, f"--resume {run_dir}"))
+    assert resumed["eval_return"] == numbers["eval_return"]
+    one, two = (torch.load(Path(d, "checkpoint.pt"), weights_only=True)
+                for d in (numbers["run_dir"], run_dir))
+    assert_same(one, two)
+    assert metrics(numbers["run_dir"]) == metrics(run_dir)
+
+
+def test_a_second_signal_stops_at_once(script, capsys):
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    try:
+        interrupt = script.Interrupt()
+        assert interrupt.signal == 0
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interrupt.signal == signal.SIGINT
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
+
+
+PATCH = """
+import os, runpy, signal, sys, torch
+calls, write = [0], torch.save
+def save(payload, file):
+    write(payload, file)
+    if "replay" not in file.name:
+        calls[0] += 1
+        if calls[0] >= 2:
+            {fault}
+torch.save = save
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def patched(name, flags, fault):
+    """Runs a script with a fault at the moment when its second checkpoint is half written."""
+    code = PATCH.format(fault=fault)
+    return subprocess.run([sys.executable, "-c", code, *command(name, flags)[1:]],
+                          capture_output=True, text=True, timeout=300)
+
+
+def test_kill_during_save(whole, tmp_path):
+    name, numbers = whole
+    flags = TINY[name].replace("--no-video", "") + f" --runs-dir {tmp_path}"
+    process = patched(name, flags, "os.kill(os.getpid(), signal.SIGKILL)")
+    assert process.returncode == -9, process.stderr
+    (run_dir,) = tmp_path.iterdir()
+    assert (run_dir / "checkpoint.part").exists()
+    assert summary(run(name, f"--resume {run_dir}"))["eval_return"] == numbers["eval_return"]
+    assert metrics(numbers["run_dir"]) == metrics(run_dir)
+
+
+def test_full_disk_costs_a_warning(whole, tmp_path):
+    name, numbers = whole
+    process = patched(name, f"{TINY[name]} --runs-dir {tmp_path}",
+                      'raise OSError(28, "No space left on device")')
+    assert summary(process)["eval_return"] == numbers["eval_return"]
+    assert "warning: checkpoint not written" in process.stderr
+    (run_dir,) = tmp_path.iterdir()
+    assert not list(run_dir.rglob("*.part"))
+    resumed = summary(run(name, f"--resume {run_dir}"))  # from the first checkpoint
+    assert resumed["eval_return"] == numbers["eval_return"]
+
+
+def test_nan_stops_the_run_and_spares_the_checkpoint(script, tmp_path):
+    first = train(script, tmp_path / "run", after=55)[1]
+    args = tiny_args(script)
+    payload = script.read_checkpoint(tmp_path / "run", "resume", "cpu")
+    update = script.Agent.update
+    try:
+        script.Agent.update = lambda self, batch: {**update(self, batch),
+                                                   "loss/critic": torch.tensor(float("nan"))}
+        with pytest.raises(SystemExit, match="loss/critic is nan after"):
+            script.train(args, tmp_path / "run", Stop(), payload)
+    finally:
+        script.Agent.update = update
+    assert_same(first, torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True))
+
+
+def test_resume_extends_a_run_but_refuses_another(whole, tmp_path):
+    name, numbers = whole
+    run_dir = tmp_path / "run"
+    shutil.copytree(numbers["run_dir"], run_dir)
+    refused = run(name, f"--resume {run_dir} --batch-size 5")
+    assert refused.returncode == 2 and "--batch-size" in refused.stderr
+    longer = summary(run(name, f"--resume {run_dir} --total-frames 5000"))
+    assert longer["frames"] == 5000 and longer["updates"] == numbers["updates"] + 50
