@@ -69,9 +69,11 @@ ACTION_REPEAT = {  # the paper's; 2 for any other task
     "reacher-easy": 4, "walker-walk": 2,
 }  # fmt: skip
 SMOKE = {
-    "env_id": "finger-spin", "action_repeat": 4, "total_frames": 36_000, "image_size": 48,
-    "render": "fast", "pretrain_updates": 1000, "batch_size": 32, "filters": 16,
-    "conv_strides": (2, 2, 1), "hidden_dim": 256, "eval_every_frames": 12_000,
+    "env_id": "finger-spin", "action_repeat": 4, "total_frames": 36_000, "image_size": 40,
+    "render": "fast", "pretrain_updates": 500, "batch_size": 32, "filters": 16,
+    "conv_strides": (2, 2, 1), "hidden_dim": 256, "gamma": 0.95, "critic_tau": 0.02,
+    "alpha_lr": 1e-3, "actor_every_updates": 1, "target_every_updates": 1,
+    "eval_every_frames": 12_000,
 }  # fmt: skip
 
 
@@ -155,9 +157,6 @@ def parse_args():
         except (OSError, ValueError, TypeError) as e:
             refuse("resume", f"{args.resume} is not a run folder of this script ({e})")
         args = tyro.cli(Args, default=was)
-        for name in {f.name for f in dataclasses.fields(Args)} - FREE_ON_RESUME:
-            if getattr(args, name) != getattr(was, name):
-                refuse(name, f"the run has {getattr(was, name)}; for another value start a new run")
     elif args.smoke:
         args = tyro.cli(Args, default=Args(**SMOKE))
     check_args(args)
@@ -1061,6 +1060,9 @@ def main(args):
     payload, run_dir = None, Path(args.resume)
     if args.resume:
         payload = read_checkpoint(run_dir, "resume", args.device)
+        for name, was in vars(make_args(payload["args"])).items():
+            if name not in FREE_ON_RESUME and was != getattr(args, name):
+                refuse(name, f"the run has {was}; for another value start a new run")
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         names = args.env_id, Path(__file__).stem, str(args.seed), stamp

@@ -1,0 +1,193 @@
+"""Bad usage of every script: exit status 2, one line that names the flag, nothing written."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import zipfile
+
+import pytest
+import torch
+from conftest import SCRIPTS, TINY, command, run, summary
+
+pytestmark = pytest.mark.parametrize("name", SCRIPTS)
+
+BAD = [
+    ("--env-id cheeta-run", "--env-id", "cheetah-run"),  # unknown domain: the nearest tasks
+    ("--env-id cheetah-walk", "--env-id", "cheetah-run"),  # unknown task
+    ("--env-id cheetahrun", "--env-id", "cheetah-run"),
+    ("--env-id dm_control-cheetah-run", "--env-id", "cheetah-run"),
+    ("--env-id -", "--env-id", "cartpole-balance"),
+    ("--seed -1", "--seed", "above zero"),
+    ("--seed 2147483648", "--seed", "below"),
+    ("--total-frames 0", "--total-frames", "above zero"),
+    ("--total-frames 900", "--total-frames", "--warmup-steps"),
+    ("--action-repeat -2", "--action-repeat", "above zero"),
+    ("--batch-size 0", "--batch-size", "above zero"),
+    ("--updates-per-step nan", "--updates-per-step", "finite"),
+    ("--updates-per-step inf", "--updates-per-step", "finite"),
+    ("--replay-capacity 3", "--replay-capacity", "1000"),
+    ("--image-size 2", "--image-size", "from 15 on"),
+    ("--image-size -84", "--image-size", "above zero"),
+    ("--eval-episodes 0", "--eval-episodes", "above zero"),
+    ("--device cuda:77", "--device", "try auto"),
+    ("--device quantum", "--device", "try auto"),
+    ("--total-frames 100000000 --image-size 1000 --render fast", "--replay-capacity", "at most"),
+    ("--resume /nowhere", "--resume", "/nowhere"),
+    ("--evaluate /nowhere", "--evaluate", "/nowhere"),
+    ("--track", "--track", "pip install wandb"),
+    ("--runs-dir /dev/null/runs", "--runs-dir", "cannot be made"),
+]
+BAD_SAC_AE = [
+    ("--obs state", "--obs", "--reconstruction none"),
+    ("--freeze-encoder --actor-trains-encoder", "--freeze-encoder", "drop one"),
+    ("--gamma 1.5", "--gamma", "above 1"),
+    ("--conv-strides 2 0", "--conv-strides", "above zero"),
+]
+
+
+def assert_refused(process, flag, remedy):
+    assert process.returncode == 2, (process.returncode, process.stdout, process.stderr)
+    lines = [line for line in process.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, process.stderr
+    assert lines[0].startswith(f"error: {flag}: ") and remedy in lines[0]
+
+
+@pytest.mark.parametrize("flags, flag, remedy", BAD + BAD_SAC_AE)
+def test_refused(name, tmp_path, flags, flag, remedy):
+    if (flags, flag, remedy) in BAD_SAC_AE and name != "sac_ae":
+        pytest.skip("not a flag of this script")
+    began = time.monotonic()
+    process = run(name, flags if "--runs-dir" in flags else f"{flags} --runs-dir {tmp_path}/runs")
+    assert_refused(process, flag, remedy)
+    assert time.monotonic() - began < 30 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("flags", ["--bach-size 3", "--batch-size three", "--render pretty", "7"])
+def test_typos_are_refused_by_the_parser(name, flags):
+    process = run(name, flags)
+    assert process.returncode == 2 and "Traceback" not in process.stderr
+
+
+def test_help_lists_every_flag_with_its_meaning(name):
+    module = __import__(name)
+    began = time.monotonic()
+    text = run(name, "--help").stdout
+    assert time.monotonic() - began < 5  # PyTorch is not imported for it
+    fields = module.dataclasses.fields(module.Args)
+    for field in fields:
+        assert re.search(rf"--{field.name.replace('_', '-')}\b", text)
+    assert text.count("(default:") + text.count("(optional)") >= len(fields)
+
+
+@pytest.mark.parametrize("value, word", [("glx", "glx"), ("disable", "disable")])
+def test_no_renderer(name, tmp_path, value, word):
+    process = run(name, f"--runs-dir {tmp_path}/runs", env={**os.environ, "MUJOCO_GL": value})
+    assert_refused(process, "MUJOCO_GL", word)
+    assert all(w in process.stderr for w in ("egl", "osmesa", "glfw", "apt-get install"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def finished(request, tmp_path_factory):
+    """Run folders by script, made when asked for."""
+    folders = {}
+
+    def get(name):
+        if name not in folders:
+            runs = tmp_path_factory.mktemp("finished")
+            folders[name] = summary(run(name, f"{TINY[name]} --runs-dir {runs}"))["run_dir"]
+        return folders[name]
+
+    return get
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch /tmp/pwned_by_checkpoint",)
+
+
+def flip(path):
+    """Flips one bit in the middle of the largest member of the archive."""
+    with zipfile.ZipFile(path) as archive:
+        info = max(archive.infolist(), key=lambda i: i.file_size)
+    data = bytearray(path.read_bytes())
+    data[info.header_offset + 200 + info.file_size // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "empty": lambda p: p.write_bytes(b""),
+    "text": lambda p: p.write_text("hello"),
+    "truncated": lambda p: p.write_bytes(p.read_bytes()[: p.stat().st_size // 2]),
+    "flipped": flip,
+    "folder": lambda p: (p.unlink(), p.mkdir()),
+    "foreign": lambda p: torch.save({"format": 1, "script": "other"}, p),
+    "not a checkpoint": lambda p: torch.save([1, 2, 3], p),
+    "evil": lambda p: torch.save({"format": 1, "script": Evil()}, p),
+    "gone": lambda p: p.unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_checkpoints(name, finished, tmp_path, damage, capsys):
+    """In this process, to be quick: read_checkpoint is all that --resume and --evaluate use."""
+    module, run_dir = __import__(name), tmp_path / "run"
+    shutil.copytree(finished(name), run_dir)
+    DAMAGE[damage](run_dir / "checkpoint.pt")
+    payload = module.read_checkpoint(run_dir, "resume", "cpu")  # the one before is used
+    assert payload["progress"]["step"] < 200
+    assert "going on from previous.pt" in capsys.readouterr().err
+    if damage != "gone":
+        DAMAGE[damage](run_dir / "previous.pt")
+    else:
+        (run_dir / "previous.pt").unlink()
+    with pytest.raises(SystemExit) as exit:
+        module.read_checkpoint(run_dir, "resume", "cpu")
+    lines = capsys.readouterr().err.splitlines()
+    assert exit.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: --resume: ")
+    assert not os.path.exists("/tmp/pwned_by_checkpoint")
+
+
+def test_refused_from_the_command_line(name, finished, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished(name), run_dir)
+    for file in ("checkpoint.pt", "previous.pt"):
+        DAMAGE["evil"](run_dir / file)
+    assert_refused(run(name, f"--resume {run_dir}"), "--resume", "no checkpoint")
+    assert_refused(run(name, f"--evaluate {run_dir}"), "--evaluate", "no checkpoint")
+    assert_refused(run(name, f"--evaluate {tmp_path}"), "--evaluate", "is missing")
+    (run_dir / "args.json").write_text("{")
+    assert_refused(run(name, f"--resume {run_dir}"), "--resume", "not a run folder")
+    assert not os.path.exists("/tmp/pwned_by_checkpoint")
+
+
+def test_damaged_replay(name, finished, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished(name), run_dir)
+    flip(sorted((run_dir / "replay").iterdir())[0])
+    assert_refused(run(name, f"--resume {run_dir} --total-frames 5000"), "--resume", "replay")
+
+
+def test_args_that_do_not_match_the_checkpoint(name, finished, tmp_path):
+    """args.json was edited, or belongs to another run."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished(name), run_dir)
+    saved = json.loads((run_dir / "args.json").read_text())
+    (run_dir / "args.json").write_text(json.dumps({**saved, "seed": 5}))
+    assert_refused(run(name, f"--resume {run_dir}"), "--seed", "the run has 1")
+
+
+def test_without_the_gl_libraries(name, tmp_path):
+    """The libraries are hidden behind an empty folder, in a mount namespace of its own."""
+    script = "for f in $(find /usr/lib -name 'lib*GL*.so*'); do mount --bind /dev/null $f; done; "
+    probe = subprocess.run(["unshare", "-m", "true"], capture_output=True)
+    if not sys.platform.startswith("linux") or probe.returncode:
+        pytest.skip("needs the right to make a mount namespace")
+    words = " ".join(command(name, f"--runs-dir {tmp_path}/runs"))
+    process = subprocess.run(["unshare", "-m", "sh", "-c", script + words], text=True,
+                             capture_output=True)
+    assert_refused(process, "MUJOCO_GL", "osmesa")

@@ -1,0 +1,188 @@
+"""The promises about the text of the scripts: copies that stay equal, sizes, arguments.
+
+python tests/test_shared.py --fix sac_ae.py    gives that script's text to the other scripts
+"""
+
+import ast
+import collections
+import difflib
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = ["sac_ae.py", "sac_gaara.py", "slac.py", "dreamerv2.py", "pearl_pixels.py"]
+CAPS = {"sac_ae.py": 1080}  # lines; see CONTRIBUTING in README.md
+VARIES = {  # the same name, another text, on purpose: the reason
+    "Args": "compared field by field: only defaults may differ",
+    "SMOKE": "each algorithm learns from its own small configuration",
+    "ACTION_REPEAT": "each paper has its own table",
+    "MAY_BE_ZERO": "follows Args",
+    "AT_MOST_ONE": "follows Args",
+    "check_algorithm": "what only this script can refuse",
+    "Encoder": "the algorithm itself",
+    "Decoder": "the algorithm itself",
+    "Actor": "the algorithm itself",
+    "Critic": "the algorithm itself",
+    "Agent": "the algorithm itself",
+    "make_env": "--obs state exists in two scripts",
+}
+
+
+def existing(root=ROOT):
+    return [name for name in SCRIPTS if (root / name).exists()]
+
+
+def blocks(path):
+    """{name: (text with decorators and the comments glued on top, first line, last line)}."""
+    lines, out = path.read_text().splitlines(keepends=True), {}
+    for node in ast.parse("".join(lines)).body:
+        targets = [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]
+        first = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))]) - 1
+        while first and lines[first - 1].startswith("#") and "# ----" not in lines[first - 1]:
+            first -= 1
+        for name in [node.name] if hasattr(node, "name") else targets:
+            out[name] = ("".join(lines[first : node.end_lineno]), first, node.end_lineno)
+    return out
+
+
+def args_fields(path):
+    """{field: (type, comment)} of the Args dataclass; the comment is the flag's help."""
+    lines = path.read_text().splitlines()
+    tree = ast.parse("\n".join(lines)).body
+    body = next(node for node in tree if getattr(node, "name", "") == "Args").body
+    help_text = {n: lines[n.lineno - 1].partition("  # ")[2] for n in body}
+    return {n.target.id: (ast.unparse(n.annotation), help_text[n])
+            for n in body if isinstance(n, ast.AnnAssign)}
+
+
+def drift(root=ROOT, varies=VARIES):
+    """What differs between the scripts and should not: a list of texts."""
+    found = {name: blocks(root / name) for name in existing(root)}
+    copies, problems = collections.defaultdict(dict), []
+    for script, named in found.items():
+        for name, (text, *_) in named.items():
+            copies[name][script] = text
+    for name, texts in copies.items():
+        (first, text), *rest = texts.items()
+        if name in varies:
+            if rest and len(set(texts.values())) == 1:
+                problems.append(f"{name} is in VARIES but the same everywhere: drop the entry")
+            continue
+        for script, other in rest:
+            if other != text:
+                pair = text.splitlines(), other.splitlines()
+                lines = difflib.unified_diff(*pair, first, script, lineterm="", n=1)
+                problems.append(f"{name} has drifted\n" + "\n".join(lines))
+    for a in found:
+        for b in found:  # one order, or diff shows moves
+            one, two = ([n for n in found[x] if n in found[a] and n in found[b]] for x in (a, b))
+            if one != two:
+                x, y = next((x, y) for x, y in zip(one, two, strict=True) if x != y)
+                problems.append(f"{a} and {b} order {x} and {y} differently")
+    first_seen = {}
+    for script in found:
+        fields = args_fields(root / script) if "Args" in found[script] else {}
+        for field, here in fields.items():
+            there, owner = first_seen.setdefault(field, (here, script))
+            if here != there:
+                problems.append(f"Args.{field} is {here} in {script}, {there} in {owner}")
+    return problems
+
+
+def fix(source, root=ROOT, varies=VARIES):
+    """Gives the shared blocks of `source` to every other script."""
+    good = blocks(root / source)
+    for path in (root / name for name in existing(root) if name != source):
+        lines = path.read_text().splitlines(keepends=True)
+        for name, (_, first, last) in sorted(blocks(path).items(), key=lambda item: -item[1][1]):
+            if name in good and name not in varies:
+                lines[first:last] = [good[name][0]]
+        path.write_text("".join(lines))
+
+
+def test_shared_blocks_are_identical():
+    assert drift() == []
+
+
+TOY = """import re
+
+
+@dataclass
+class Args:
+    lr: float = 1  # step
+
+
+def a():
+    {}
+
+
+def b():
+    pass
+"""
+
+
+def test_drift_is_found_and_mended(tmp_path):
+    (tmp_path / "sac_ae.py").write_text(TOY.format("return 1"))
+    other = tmp_path / "slac.py"
+    other.write_text(TOY.format("return 1"))
+    assert drift(tmp_path, {}) == []
+    assert "drop the entry" in drift(tmp_path, {"a": ""})[0]
+    other.write_text(TOY.format("return 2"))
+    assert "a has drifted" in drift(tmp_path, {})[0]
+    fix("sac_ae.py", tmp_path, {})
+    assert drift(tmp_path, {}) == []
+    other.write_text(TOY.format("return 1").replace("# step", "# size"))
+    assert any("Args.lr" in problem for problem in drift(tmp_path, {"Args": ""}))
+    head, a, b = TOY.format("return 1").partition("def b")[0], "", "def b():\n    pass\n\n\n"
+    other.write_text(head.replace("def a", b + "def a") + a)
+    assert any("order" in problem for problem in drift(tmp_path, {}))
+
+
+def test_size_and_line_ends():
+    for name in existing():
+        text = (ROOT / name).read_bytes().decode()
+        lines = text.splitlines()
+        assert "\r" not in text and "\t" not in text
+        assert len(lines) <= CAPS[name], f"{name} has {len(lines)} lines"
+        assert max(map(len, lines)) <= 100
+
+
+def test_scripts_stand_alone():
+    names = {Path(name).stem for name in SCRIPTS} | {"tests", "benchmark"}
+    for name in existing():
+        for node in ast.walk(ast.parse((ROOT / name).read_text())):
+            imported = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not {i.split(".")[0] for i in imported} & names
+
+
+def test_inline_metadata_is_requirements_txt():
+    wanted = (ROOT / "requirements.txt").read_text().split()
+    for name in existing():
+        block = re.search(r"# /// script\n(.*?)# ///\n", (ROOT / name).read_text(), re.S)[1]
+        text = "\n".join(line[2:] for line in block.splitlines())
+        assert re.search(r"dependencies = (\[.*?\])", text, re.S)
+        assert ast.literal_eval(re.search(r"dependencies = (\[.*?\])", text, re.S)[1]) == wanted
+
+
+def test_every_argument_is_read_and_explained():
+    for name in existing():
+        text = (ROOT / name).read_text()
+        for field, (_, comment) in args_fields(ROOT / name).items():
+            assert len(comment) > 5, field
+            assert re.search(rf"args\.{field}\b", text), f"{name} never reads {field}"
+
+
+def test_every_loss_line_names_its_equation():
+    for name in existing():
+        tags = re.findall(r"\[([A-Z][\w+]*) [^\]\n]+\]", (ROOT / name).read_text())
+        assert len(tags) >= 5
+
+
+if __name__ == "__main__":
+    if "--fix" in sys.argv:
+        fix(sys.argv[-1])
+    report = drift()
+    print("\n\n".join(report) or "the shared blocks are identical")
+    sys.exit(bool(report))
