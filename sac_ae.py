@@ -60,7 +60,7 @@ if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")
     with contextlib.suppress(AttributeError):  # keep large tensors' memory instead of mapping it
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX      anew each time: up to 1.6 times as fast
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD  (never give it back)
 
 # ---- Args --------------------------------------------------------------------------------------
 
@@ -410,11 +410,12 @@ class ReplayBuffer:
         return {"is_first": is_first, **{key: self.gather(key, rows) for key in self.columns}}
 
     def save(self, folder):
-        """Writes the rows since the last save as one more file, named by its first row."""
-        rows = np.arange(self.saved, self.row)  # rows that are overwritten by now come out wrong,
-        chunk = {key: self.gather(key, rows).cpu() for key in self.columns}  # and are skipped later
-        chunk["start"] = torch.as_tensor(self.start[rows % self.capacity])
-        write_file(chunk, folder / f"{self.saved:010d}.pt")
+        """Writes the rows since the last save, 1000 a file, each file named by its first row."""
+        for first in range(self.saved, self.row, 1000):
+            rows = np.arange(first, min(first + 1000, self.row))
+            chunk = {key: self.gather(key, rows).cpu() for key in self.columns}
+            chunk["start"] = torch.as_tensor(self.start[rows % self.capacity])
+            write_file(chunk, folder / f"{first:010d}.pt")
         self.saved = self.row
 
     def load(self, folder, row):
@@ -440,11 +441,9 @@ def free_memory(device):
         except (OSError, TypeError):  # no such file; no number in it
             return default
 
-    group = "/sys/fs/cgroup/memory"  # versions 2 and 1
-    limit2 = read(group + ".max", "", math.inf) - read(group + ".stat", "anon", 0)
-    limit1 = read(group + "/memory.limit_in_bytes", "", math.inf)
-    used1 = read(group + "/memory.stat", "total_rss", 0)
-    return min(1024 * read("/proc/meminfo", "MemAvailable", math.inf), limit2, limit1 - used1)
+    limit, group = read("/sys/fs/cgroup/memory.max", "", math.inf), "/sys/fs/cgroup/memory.stat"
+    machine = 1024 * read("/proc/meminfo", "MemAvailable", math.inf)
+    return min(machine, limit - read(group, "anon", 0))
 
 
 # ---- helpers -----------------------------------------------------------------------------------
@@ -1064,7 +1063,7 @@ def main(args):
             if name not in FREE_ON_RESUME and was != getattr(args, name):
                 refuse(name, f"the run has {was}; for another value start a new run")
     else:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
+        stamp = time.strftime("%Y%m%d-%H%M%S-") + f"{time.time_ns() // 10**6 % 1000:03d}"
         names = args.env_id, Path(__file__).stem, str(args.seed), stamp
         run_dir = Path(args.runs_dir, "__".join(names))
         try:

@@ -100,7 +100,7 @@ def test_memory(script):
 
 @pytest.mark.parametrize("capacity", [100, 30])
 def test_saved_in_parts_and_loaded(script, capacity, tmp_path):
-    """The parts are written at rows 20, 20 and 48: an empty one, and one that wraps around."""
+    """Saved at rows 20, 20 again and 48: nothing new, and a part that wraps around."""
     buffer, _, _ = fill(script, capacity, LENGTHS[:3])
     buffer.save(tmp_path)
     buffer.save(tmp_path)

@@ -1,0 +1,176 @@
+"""How fast each script is on this machine, at its default configuration.
+
+    python benchmark/speed.py                               every script
+    python benchmark/speed.py --scripts sac_ae --peer DIR   and the authors' code in DIR beside it
+
+Times are medians. What is compared runs in turns, each in a process of its own, so that other load
+on the machine hits both and neither profits from the other's settings. DIR is a checkout of
+https://github.com/denisyarats/pytorch_sac_ae, which is not part of this repository.
+"""
+
+import argparse
+import importlib
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = [n for n in ("sac_ae", "sac_gaara", "slac", "dreamerv2", "pearl_pixels")
+           if (ROOT / f"{n}.py").exists()]
+
+
+def environment(module, env_id):
+    """Functions to time: physics alone, and one image by physics.render and by PixelEnv."""
+    import numpy as np
+    from dm_control import suite
+
+    raw = suite.load(*env_id.split("-", 1), {"random": 1})
+    raw.reset()
+    exact, fast = (module.PixelEnv(env_id, 1, 1, 84, render) for render in ("exact", "fast"))
+    action = np.zeros(raw.action_spec().shape)
+    return {
+        "physics": lambda: raw.step(action),
+        "physics.render": lambda: raw.physics.render(84, 84, camera_id=exact.camera_id),
+        "render exact": lambda: exact.render(84).copy(),
+        "render fast": lambda: fast.render(84).copy(),
+    }
+
+
+def filled(module, args):
+    """An agent at its default configuration, a replay buffer with 1000 rows of noise, a rng."""
+    import numpy as np
+    import torch
+
+    spec = module.EnvSpec((3, args.image_size, args.image_size), torch.uint8, 6)
+    buffer, rng = module.ReplayBuffer(1000, spec, args.device), np.random.default_rng(0)
+    for t in range(1000):
+        image = rng.integers(0, 256, spec.obs_shape, dtype=np.uint8)
+        action = torch.as_tensor(rng.uniform(-1, 1, 6), dtype=torch.float32)
+        buffer.add(module.Step(image, None, rng.random(), 1.0, False), action if t % 251 else None)
+    return module.Agent(args, spec), buffer, rng
+
+
+def own(name, device, env_id):
+    """Functions to time of one of the scripts. Of two updates one has an actor step."""
+    module = importlib.import_module(name)
+    agent, buffer, rng = filled(module, module.Args(device=device, pretrain_updates=0))
+
+    def update():
+        return agent.update(agent.sample(buffer, rng))
+
+    return {**environment(module, env_id), "sample": lambda: agent.sample(buffer, rng),
+            "two updates": lambda: (update(), update())}
+
+
+def authors(folder, device):
+    """The same of the authors' SAC+AE, with the arguments of their train.py."""
+    import numpy as np
+    import torch
+
+    sys.modules["gym"] = types.SimpleNamespace(Wrapper=object)  # imported, but not needed here
+    sys.path.insert(0, folder)
+    peer, utils = importlib.import_module("sac_ae"), importlib.import_module("utils")
+    agent = peer.SacAeAgent(
+        (9, 84, 84), (6,), torch.device(device), hidden_dim=1024, init_temperature=0.1,
+        alpha_lr=1e-4, alpha_beta=0.5, critic_tau=0.01, encoder_tau=0.05,
+        decoder_latent_lambda=1e-6, decoder_weight_lambda=1e-7)
+    buffer, rng = utils.ReplayBuffer((9, 84, 84), (6,), 1000, 128, device), np.random.default_rng(0)
+    for _ in range(1000):
+        obs = rng.integers(0, 256, (9, 84, 84), dtype=np.uint8)
+        buffer.add(obs, rng.uniform(-1, 1, 6), rng.random(), obs, False)
+    silent = types.SimpleNamespace(**dict.fromkeys(
+        ("log", "log_histogram", "log_param", "log_image"), lambda *_: None))
+
+    def pair():
+        agent.update(buffer, silent, 1)
+        agent.update(buffer, silent, 2)
+
+    return {"sample": buffer.sample, "two updates": pair}
+
+
+def work(calls, device):
+    """A worker: for each name on standard input, runs that function and prints its milliseconds."""
+    import torch
+
+    for name in calls:
+        calls[name]()
+    print("ready", *calls, sep="\t", flush=True)
+    for line in sys.stdin:
+        began = time.perf_counter()
+        calls[line.strip()]()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        print(1e3 * (time.perf_counter() - began), flush=True)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # peak memory [GiB]
+
+
+def in_turns(subjects, rounds, flags):
+    """{subject: {function: median ms}} and {subject: peak GiB}, one worker per subject."""
+    workers, times = {}, {}
+    for subject in subjects:
+        command = [sys.executable, __file__, *flags, "--worker", subject]
+        workers[subject] = subprocess.Popen(command, stdin=subprocess.PIPE, text=True,
+                                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    for subject, worker in workers.items():
+        names = worker.stdout.readline().strip().split("\t")[1:]
+        times[subject] = {name: [] for name in names}
+    for name in next(iter(times.values())):
+        for i in range(rounds + 3):
+            for subject, worker in workers.items():
+                if name in times[subject]:
+                    print(name, file=worker.stdin, flush=True)
+                    ms = float(worker.stdout.readline())
+                    if i >= 3:  # the first ones fill caches and memory pools
+                        times[subject][name].append(ms)
+    peaks = {s: float(w.communicate()[0]) for s, w in workers.items()}
+    medians = {s: {n: statistics.median(t) for n, t in ts.items()} for s, ts in times.items()}
+    return medians, peaks
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--scripts", nargs="+", default=SCRIPTS, choices=SCRIPTS)
+    parser.add_argument("--env-id", default="cheetah-run")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--rounds", type=int, default=10, help="how often each is timed (10)")
+    parser.add_argument("--peer", help="folder with the authors' pytorch_sac_ae")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        if args.worker == args.peer:
+            return work(authors(args.peer, args.device), args.device)
+        sys.path.insert(0, str(ROOT))
+        return work(own(args.worker, args.device, args.env_id), args.device)
+
+    import torch
+
+    threads = torch.get_num_threads()
+    print(f"{platform.machine()}, {os.cpu_count()} cores, {threads} threads, Python "
+          f"{platform.python_version()}, torch {torch.__version__}, {args.device}, {args.env_id}")
+    flags = ["--device", args.device, "--env-id", args.env_id]
+    for name in args.scripts:
+        peer = args.peer if name == "sac_ae" else None
+        subjects = [name, peer] if peer else [name]
+        times, peaks = in_turns(subjects, args.rounds, flags + (["--peer", peer] if peer else []))
+        for subject in subjects:
+            print(f"\n{subject}: milliseconds; peak memory {peaks[subject]:.1f} GiB")
+            for key, ms in times[subject].items():
+                print(f"    {key:16}{ms:10.2f}")
+        ours = times[name]
+        print(f"    updates/s {2000 / ours['two updates']:.2f}; against physics.render: exact "
+              f"{ours['physics.render'] / ours['render exact']:.2f}x, fast "
+              f"{ours['physics.render'] / ours['render fast']:.1f}x")
+        if peer:
+            ratio = times[peer]["two updates"] / ours["two updates"]
+            print(f"    updates as fast as the authors': {ratio:.2f}x")
+
+
+if __name__ == "__main__":
+    main()
