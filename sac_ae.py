@@ -650,6 +650,7 @@ class Agent(nn.Module):
         return action[0].cpu(), stack
 
     def critic_loss(self, obs, action, reward, discount, next_obs):
+        """Squared TD error of both Qs; obs in [0, 1], action (B, A), reward, discount (B, 1)."""
         with torch.no_grad():  # the target is a constant
             next_action, log_prob = tanh_gaussian(*self.actor(self.encoder.convs(next_obs)))
             q = torch.min(*self.target_critic(self.target_encoder(next_obs), next_action))
@@ -659,13 +660,14 @@ class Agent(nn.Module):
         return F.mse_loss(q1, target) + F.mse_loss(q2, target)  # [SAC+AE J(Q)]
 
     def actor_loss(self, h):
-        """Also returns log pi (B, 1), for alpha_loss."""
+        """From conv features (B, F). Also gives log pi (B, 1), which alpha_loss needs."""
         action, log_prob = tanh_gaussian(*self.actor(h))
         q = torch.min(*self.critic(self.encoder.head(h), action))
         alpha = self.log_alpha.exp().detach()  # has a loss of its own
         return (alpha * log_prob - q).mean(), log_prob  # [SAC+AE J(pi)]
 
     def alpha_loss(self, log_prob):
+        """Moves the temperature until the entropy is -A; log_prob (B, 1)."""
         target_entropy = -self.action_dim
         error = (-log_prob - target_entropy).detach()  # moves alpha, not the actor
         return (self.log_alpha.exp() * error).mean()  # [SAC+AE J(alpha)]
@@ -675,7 +677,8 @@ class Agent(nn.Module):
         return (images // 8 + torch.rand_like(images, dtype=torch.float32)) / 32 - 0.5
 
     def reconstruction_loss(self, h, images):
-        """Pixel error, a penalty that keeps z small, and for a beta-VAE the KL instead."""
+        """Mean squared pixel error, a penalty that keeps z small, and the KL of a beta-VAE; from
+        conv features (B, F) and the uint8 images (B, K * C, H, W) that they were made of."""
         z = self.encoder.head(h)
         error = F.mse_loss(self.decoder(z), self.image_target(images))
         penalty = 0.5 * z.square().sum(-1).mean()
@@ -689,6 +692,7 @@ class Agent(nn.Module):
         return since <= 0 or since % every == 0
 
     def sample(self, buffer, rng):
+        """The batch that update() takes."""
         return buffer.transitions(rng, self.args.batch_size, self.args.frame_stack)
 
     def update(self, batch):

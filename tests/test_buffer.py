@@ -119,3 +119,24 @@ def test_saved_in_parts_and_loaded(script, capacity, tmp_path):
 def test_free_memory_is_below_the_machines(script):
     total = int(Path("/proc/meminfo").read_text().split()[1]) * 1024
     assert 0 < script.free_memory("cpu") <= total
+
+
+def resident():
+    """Memory of this process that is in RAM [bytes]."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def test_memory_grows_to_what_was_announced(script, tmp_path):
+    """While it fills, after it has wrapped around, and when it is saved."""
+    spec = script.EnvSpec((3, 84, 84), torch.uint8, 6)
+    before, rows = resident(), 6000
+    buffer = script.ReplayBuffer(rows, spec, "cpu")
+    image = np.full((3, 84, 84), 7, np.uint8)
+    for i in range(2 * rows):
+        buffer.add(script.Step(image, None, 0.0, 1.0, False), torch.zeros(6) if i % 100 else None)
+    announced = rows * script.ReplayBuffer.row_bytes(spec)
+    assert 0.9 * announced < resident() - before < 1.1 * announced + 2**24
+    buffer.saved = buffer.row - 3000
+    buffer.save(tmp_path)
+    assert resident() - before < 1.1 * announced + 2**26
+    assert len(list(tmp_path.iterdir())) == 3

@@ -277,3 +277,17 @@ def test_resume_extends_a_run_but_refuses_another(whole, tmp_path):
     assert refused.returncode == 2 and "--batch-size" in refused.stderr
     longer = summary(run(name, f"--resume {run_dir} --total-frames 5000"))
     assert longer["frames"] == 5000 and longer["updates"] == numbers["updates"] + 50
+
+
+def test_weights_and_biases_is_imported_only_when_asked_for(script, tmp_path):
+    """A stand-in for the package notes that it was imported and what it was told."""
+    name, log = script.__name__, tmp_path / "calls"
+    (tmp_path / "wandb.py").write_text(
+        f"open({str(log)!r}, 'a').write('import')\n"
+        f"def init(**kwargs): open({str(log)!r}, 'a').write(' '.join(kwargs))\n")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    flags = TINY[name] + f" --eval-every-frames 100000 --runs-dir {tmp_path / 'runs'}"
+    summary(run(name, flags, env=env))
+    assert not log.exists()
+    summary(run(name, flags + " --track", env=env))
+    assert log.read_text().startswith("import") and "sync_tensorboard" in log.read_text()

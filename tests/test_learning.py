@@ -1,0 +1,25 @@
+"""The smoke runs learn: much better than random, from pixels, within minutes. SMOKE_SEEDS="1 2 3"
+chooses the seeds; CI takes one."""
+
+import csv
+import os
+from pathlib import Path
+
+import pytest
+from conftest import SCRIPTS, run, summary
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", os.environ.get("SMOKE_SEEDS", "1 2 3").split())
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_smoke_run_learns(name, seed, tmp_path):
+    """1.5 times the random policy's return plus 10, and 3 standard errors above it."""
+    env = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
+    numbers = summary(run(name, f"--smoke --seed {seed} --runs-dir {tmp_path}", env=env))
+    with open(Path(numbers["run_dir"], "metrics.csv"), newline="") as file:
+        spread = float(list(csv.DictReader(file))[-1]["eval/return_std"])
+    print(f"{name} seed {seed}: random {numbers['random_return']:.1f}, trained "
+          f"{numbers['eval_return']:.1f} +- {spread:.1f}, {numbers['wall_s']:.0f} s")
+    assert numbers["eval_return"] >= 1.5 * numbers["random_return"] + 10
+    error = spread / 9**0.5  # of the mean of ten, from their population standard deviation
+    assert numbers["eval_return"] - 3 * error > numbers["random_return"]
