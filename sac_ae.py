@@ -18,7 +18,7 @@ https://arxiv.org/abs/1910.01741; the authors' code: https://github.com/denisyar
     python sac_ae.py --env-id cheetah-run     # the published configuration
     python sac_ae.py --evaluate RUN_DIR       # play a trained agent and film it
 
-Shapes: B batch, T time, K stacked images, C H W image, F conv features, D latent, A action.
+Shapes: B batch, T time, K stacked images, C H W image, S state, F features, D latent, A action.
 Units: frame = one simulator step; step = one decision = action_repeat frames; update = one batch.
 
 Differences from the paper and the authors' code
@@ -58,9 +58,10 @@ import tyro
 if sys.platform == "linux":
     if not os.environ.get("DISPLAY"):  # dm_control would choose GLFW, which needs a screen
         os.environ.setdefault("MUJOCO_GL", "egl")
-    with contextlib.suppress(AttributeError):  # keep large tensors' memory instead of mapping it
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX      anew each time: up to 1.6 times as fast
-        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD  (never give it back)
+    # glibc would map the memory of every large tensor anew; keeping it is up to 1.6 times as fast
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 # ---- Args --------------------------------------------------------------------------------------
 
@@ -69,11 +70,11 @@ ACTION_REPEAT = {  # the paper's; 2 for any other task
     "reacher-easy": 4, "walker-walk": 2,
 }  # fmt: skip
 SMOKE = {
-    "env_id": "finger-spin", "action_repeat": 4, "total_frames": 36_000, "image_size": 40,
-    "render": "fast", "pretrain_updates": 500, "batch_size": 32, "filters": 16,
-    "conv_strides": (2, 2, 1), "hidden_dim": 256, "gamma": 0.95, "critic_tau": 0.02,
-    "alpha_lr": 1e-3, "actor_every_updates": 1, "target_every_updates": 1,
-    "eval_every_frames": 12_000,
+    "env_id": "finger-spin", "action_repeat": 4, "total_frames": 64_000, "image_size": 40,
+    "render": "fast", "warmup_steps": 2000, "pretrain_updates": 500, "updates_per_step": 0.5,
+    "batch_size": 32, "filters": 16, "conv_strides": (2, 2, 1), "hidden_dim": 256, "gamma": 0.95,
+    "critic_tau": 0.02, "alpha_lr": 1e-3, "actor_every_updates": 1, "target_every_updates": 1,
+    "eval_every_frames": 16_000,
 }  # fmt: skip
 
 
@@ -129,9 +130,9 @@ class Args:
     kl_weight: float = 3.15e-5  # vae: beta / 31752, as the error is a mean over 63,504 pixels
 
 
-MAY_BE_ZERO = {"action_repeat", "decoder_weight_decay", "kl_weight", "latent_weight",
-               "pretrain_updates", "seed"}  # fmt: skip
-AT_MOST_ONE = {"alpha_beta1", "critic_tau", "encoder_tau", "gamma"}
+MAY_BE_ZERO = {"action_repeat", "alpha_beta1", "decoder_weight_decay", "gamma", "kl_weight",
+               "latent_weight", "pretrain_updates", "seed"}  # fmt: skip
+AT_MOST_ONE = {"critic_tau", "encoder_tau", "gamma"}
 FREE_ON_RESUME = {"checkpoint_every_frames", "device", "eval_episodes", "eval_every_frames",
                   "resume", "runs_dir", "smoke", "total_frames", "track", "video"}  # fmt: skip
 
@@ -182,6 +183,8 @@ def check_args(args):
         refuse("replay_capacity", f"{args.replay_capacity} is below 1000, one long episode")
     if args.track and not importlib.util.find_spec("wandb"):
         refuse("track", "Weights & Biases is missing: pip install wandb")
+    if args.evaluate and args.resume:
+        refuse("evaluate", "cannot be combined with --resume; drop one of them")
     if args.evaluate and not Path(args.evaluate).exists():
         refuse("evaluate", f"there is no {args.evaluate}; give a run folder or a checkpoint")
     check_algorithm(args)
@@ -201,6 +204,8 @@ def require_renderer():
     """Turns the many ways in which OpenGL can be missing into one line with the remedies."""
     try:
         yield
+    except ModuleNotFoundError:  # dm_control is not installed
+        raise
     except Exception as e:
         refuse("MUJOCO_GL", f"{os.environ.get('MUJOCO_GL')} cannot render ({e}). egl needs a GPU "
                "driver or apt-get install libegl1 libgl1-mesa-dri; osmesa needs "
@@ -217,8 +222,12 @@ def conv_sizes(size, strides):
 
 def check_algorithm(args):
     """The part of check_args that is this script's own."""
-    if args.obs == "state" and args.reconstruction != "none":
-        refuse("obs", "a state has no image to reconstruct; add --reconstruction none")
+    if args.obs == "state" and (args.reconstruction, args.frame_stack) != ("none", 1):
+        refuse("obs", "a state is no image; add --reconstruction none --frame-stack 1")
+    if args.alpha_beta1 >= 1:
+        refuse("alpha_beta1", f"{args.alpha_beta1} is not below 1")
+    if not args.conv_strides:
+        refuse("conv_strides", "there must be one conv layer at least")
     if args.freeze_encoder and args.actor_trains_encoder:
         refuse("freeze_encoder", "contradicts --actor-trains-encoder; drop one of them")
     if min(conv_sizes(args.image_size, args.conv_strides)) < 1:
@@ -293,7 +302,7 @@ class PixelEnv:
         """Next Step; the action is repeated until the episode ends at most."""
         assert not self.last, "the episode is over: reset() comes next"
         self.actions.append(action.tolist())
-        control = self.low + (np.asarray(action, np.float64) + 1) / 2 * (self.high - self.low)
+        control = self.low + (np.array(self.actions[-1]) + 1) / 2 * (self.high - self.low)
         reward = 0.0
         for _ in range(self.action_repeat):
             time_step = self.env.step(control)
@@ -512,7 +521,8 @@ def soft_update(net, target, tau):
 
 
 class Head(nn.Module):
-    """h (B, F) -> z (B, D): linear, LayerNorm, tanh; a beta-VAE's adds noise of learned size."""
+    """h (B, F) -> z (B, D): linear, LayerNorm, tanh; a beta-VAE's adds noise of learned size, also
+    when it acts."""
 
     def __init__(self, h_dim, args):
         super().__init__()
@@ -560,7 +570,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z (B, D) -> image stack (B, K * C, H, W) in [-0.5, 0.5]: the encoder backwards."""
+    """z (B, D) -> image stack (B, K * C, H, W), centred at 0: the encoder backwards."""
 
     def __init__(self, obs_shape, args):
         super().__init__()
@@ -617,7 +627,7 @@ class Agent(nn.Module):
         self.actor = Actor(self.encoder, spec.action_dim, args)
         self.critic = Critic(self.encoder.z_dim, spec.action_dim, args)
         self.decoder = Decoder(obs_shape, args) if args.reconstruction != "none" else None
-        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.init_temperature)))
+        self.log_alpha = nn.Parameter(torch.tensor(math.log(args.init_temperature)))  # D6
         self.apply(weight_init).to(args.device, memory_format=torch.channels_last)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
@@ -626,7 +636,7 @@ class Agent(nn.Module):
         # minimize). The encoder is in two: each loss has its own Adam moments, as published.
         adam = functools.partial(torch.optim.Adam, fused=True)
         encoder, convs = [*self.encoder.parameters()], [*self.encoder.convs.parameters()]
-        seen_by_critic = [] if args.freeze_encoder else encoder
+        seen_by_critic = [] if args.freeze_encoder else encoder  # D5
         seen_by_actor = convs if args.actor_trains_encoder else []  # D1
         self.optimizers = {
             "critic": adam([*seen_by_critic, *self.critic.parameters()], args.critic_lr),
@@ -686,8 +696,8 @@ class Agent(nn.Module):
         return error + self.args.latent_weight * penalty + kl  # [SAC+AE J(RAE)]
 
     def due(self, every):
-        """Whether what happens at every Nth update happens now; in the first burst it always does:
-        the authors' counter of environment steps stands still there."""
+        """Whether what happens at every Nth update happens now. In the first burst it always does,
+        as in the authors' code, whose counter is the environment's and stands still there."""
         since = self.updates - self.args.pretrain_updates + 1
         return since <= 0 or since % every == 0
 
@@ -702,8 +712,10 @@ class Agent(nn.Module):
         columns = batch["action"], batch["reward"], batch["discount"]
         metrics = {"loss/critic": self.critic_loss(obs, *columns, next_obs)}
         minimize(metrics["loss/critic"], optimizers["critic"])
-        h = self.encoder.convs(obs)  # (B, F)  D2
-        if self.due(args.actor_every_updates):
+        actor_due = self.due(args.actor_every_updates)
+        decoder_due = self.decoder is not None and self.due(args.decoder_every_updates)
+        h = self.encoder.convs(obs) if actor_due or decoder_due else None  # (B, F)  D2
+        if actor_due:
             metrics["loss/actor"], log_prob = self.actor_loss(h)
             minimize(metrics["loss/actor"], optimizers["actor"])
             metrics["loss/alpha"] = self.alpha_loss(log_prob)
@@ -714,7 +726,7 @@ class Agent(nn.Module):
         if self.due(args.target_every_updates):
             soft_update(self.critic, self.target_critic, args.critic_tau)
             soft_update(self.encoder, self.target_encoder, args.encoder_tau)
-        if self.decoder is not None and self.due(args.decoder_every_updates):
+        if decoder_due:
             metrics["loss/reconstruction"] = self.reconstruction_loss(h, batch["obs"])
             minimize(metrics["loss/reconstruction"], optimizers["encoder"], optimizers["decoder"])
         self.updates += 1
@@ -735,24 +747,41 @@ class Agent(nn.Module):
 # ---- evaluate (identical in four scripts; pearl_pixels.py evaluates task by task) --------------
 
 
+def rng_state():
+    """PyTorch's random state on the CPU and on the accelerators in use."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    mps = [torch.mps.get_rng_state()] if torch.backends.mps.is_available() else []
+    return [torch.get_rng_state(), *cuda, *mps]
+
+
+def set_rng_state(states):
+    """Puts back what rng_state gave."""
+    cpu, *others = [state.cpu() for state in states]
+    torch.set_rng_state(cpu)
+    if torch.cuda.is_initialized():
+        torch.cuda.set_rng_state_all(others)
+    elif others and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(others[0])
+
+
 def evaluate(act, env, seed, episodes, video_size=0):
     """Plays `episodes` episodes of `env` with act(obs, carry) -> action, carry.
 
     Seeds the environment and PyTorch, and leaves PyTorch's random numbers as they were. Gives the
     returns (episodes,) and the first episode's images (video_size, video_size, 3) if asked for.
     """
-    returns, video = np.zeros(episodes), []
+    returns, video, before = np.zeros(episodes), [], rng_state()
     env.random.seed(seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for i in range(episodes):
-            step, carry = env.reset(), None
-            while not step.last:
-                if video_size and i == 0:
-                    video.append(env.render(video_size).copy())
-                action, carry = act(step.obs, carry)
-                step = env.step(action)
-                returns[i] += step.reward
+    torch.manual_seed(seed)
+    for i in range(episodes):
+        step, carry = env.reset(), None
+        while not step.last:
+            if video_size and i == 0:
+                video.append(env.render(video_size).copy())
+            action, carry = act(step.obs, carry)
+            step = env.step(action)
+            returns[i] += step.reward
+    set_rng_state(before)  # D4
     return returns, video
 
 
@@ -772,7 +801,7 @@ def write_video(path, images, fps):
     """MP4 if imageio-ffmpeg is installed, else GIF; gives the path with its suffix."""
     mp4 = importlib.util.find_spec("imageio_ffmpeg")
     path = path.with_suffix(".mp4" if mp4 else ".gif")
-    imageio.mimsave(path, images, fps=fps, **({} if mp4 else {"loop": 0}))
+    imageio.mimsave(path, images, **({"fps": fps} if mp4 else {"duration": 1000 / fps, "loop": 0}))
     return path
 
 
@@ -780,7 +809,8 @@ class Logger:
     """Progress bar, metrics.csv with a row per log point, TensorBoard, images and videos."""
 
     def __init__(self, args, run_dir, frames, rows):
-        self.run_dir, self.rows, self.columns = run_dir, rows, []
+        self.run_dir, self.columns = run_dir, []
+        self.rows = rows  # the caller's list: what is appended here is in its checkpoints
         for name in ("images", "videos"):
             (run_dir / name).mkdir(exist_ok=True)
         if args.track:
@@ -793,14 +823,15 @@ class Logger:
     def log(self, row):
         """Appends {name: number} to metrics.csv and TensorBoard."""
         self.rows.append(row)
-        known, self.columns = self.columns, list(dict.fromkeys(k for r in self.rows for k in r))
-        with survive("metrics"):
-            new = self.columns != known  # a new column, or just resumed: write the file anew
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        new, self.columns = columns != self.columns, []  # new: the whole file is written, as also
+        with survive("metrics"):  # after a resume and after a write that failed
             with open(self.run_dir / "metrics.csv", "w" if new else "a", newline="") as file:
-                writer = csv.DictWriter(file, self.columns)
+                writer = csv.DictWriter(file, columns)
                 if new:
                     writer.writeheader()
                 writer.writerows(self.rows if new else [row])
+            self.columns = columns
             for name in [name for name in row if "/" in name]:
                 self.writer.add_scalar(name, row[name], row["frames"])
         self.bar.set_postfix({k: f"{v:.0f}" for k, v in row.items() if k.endswith("return")})
@@ -838,17 +869,26 @@ def read_file(path, device="cpu"):
     return torch.load(path, map_location=device, weights_only=True)
 
 
+def check_finite(metrics, updates):
+    """Ends a run whose losses are NaN or infinite, before such weights reach a checkpoint."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            sys.exit(f"error: {name} is {float(value)} after {updates} updates; this is not saved: "
+                     "--resume goes on from the checkpoint before, if there is one")  # fmt: skip
+
+
 def save_checkpoint(run_dir, args, agent, buffer, env, rng, progress):
     """All that the rest of the run depends on; the checkpoint before stays as previous.pt."""
+    total = sum(tensor.sum() for tensor in agent.state_dict().values())
+    check_finite(progress["metrics"] | {"the sum of all weights": total}, agent.updates)
     (run_dir / "replay").mkdir(exist_ok=True)
     buffer.save(run_dir / "replay")
     payload = {
         "format": 1, "script": Path(__file__).stem, "args": dataclasses.asdict(args),
         "agent": agent.state_dict(), "updates": agent.updates, "row": buffer.row,
         "optimizers": {name: o.state_dict() for name, o in agent.optimizers.items()},
-        "env": env.state_dict(), "numpy": rng.bit_generator.state, "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if args.device.startswith("cuda") else [],
-        "progress": progress,
+        "env": env.state_dict(), "numpy": rng.bit_generator.state, "torch": rng_state(),
+        "version": str(torch.__version__), "progress": progress,
     }  # fmt: skip
     write_file(payload, run_dir / "checkpoint.pt", run_dir / "previous.pt")
 
@@ -867,6 +907,8 @@ def read_checkpoint(path, flag, device):
         else:
             if problems:
                 print(f"warning: {problems[0]}; going on from {file.name}", file=sys.stderr)
+            if problems and flag == "resume" and (path / "checkpoint.pt").exists():
+                os.replace(path / "checkpoint.pt", path / "damaged.pt")  # never to be previous.pt
             return payload
     refuse(flag, f"no checkpoint of {Path(__file__).name} in {path} ({'; '.join(problems)})")
 
@@ -882,10 +924,12 @@ def load_checkpoint(payload, run_dir, agent, buffer, env, rng):
     except Exception as e:
         refuse("resume", f"a file in {run_dir / 'replay'} is missing or damaged ({e})")
     rng.bit_generator.state = payload["numpy"]
-    torch.set_rng_state(payload["torch"].cpu())
-    if payload["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([state.cpu() for state in payload["cuda"]])
-    return payload["progress"], env.load_state_dict(payload["env"])
+    if payload["version"] != torch.__version__:
+        print(f"warning: saved with PyTorch {payload['version']}; the numbers will differ")
+    set_rng_state(payload["torch"])
+    progress, step = payload["progress"], env.load_state_dict(payload["env"])
+    payload.clear()  # gives back its memory
+    return progress, step
 
 
 # ---- train (identical in four scripts; pearl_pixels.py has a loop over tasks) ------------------
@@ -913,16 +957,9 @@ class Interrupt:
 
     def __call__(self, number, _):
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         print("\nstopping with a checkpoint; once more to stop at once", file=sys.stderr)
-
-
-def check_finite(metrics, updates):
-    """Ends a run whose losses are NaN or infinite, before such weights reach a checkpoint."""
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            sys.exit(f"error: {name} is {float(value)} after {updates} updates; the last good "
-                     "checkpoint is kept")  # fmt: skip
 
 
 def train(args, run_dir, interrupt, payload=None):
@@ -964,11 +1001,13 @@ def train(args, run_dir, interrupt, payload=None):
             now["metrics"] |= agent.update(agent.sample(buffer, rng))
             if agent.updates == 10 and args.device == "cpu":
                 left = due + args.updates_per_step * (total_steps - now["step"])
-                hours = (time.monotonic() - began) * left / 3600
-                tqdm.write(f"on this CPU the updates take about {hours:.2g} hours, see --smoke")
+                left = tqdm.format_interval(left * (time.monotonic() - began))
+                tqdm.write(f"on this CPU all the updates take about {left}; see --smoke")
         if interrupt.signal:
             break
 
+        if not now["action"].isfinite().all():
+            check_finite(now["metrics"] | {"the action": math.nan}, agent.updates)
         step = env.step(now["action"])
         buffer.add(step, now["action"])
         now |= {"step": now["step"] + 1, "action": None, "return": now["return"] + step.reward}
@@ -982,8 +1021,9 @@ def train(args, run_dir, interrupt, payload=None):
             now["eval_return"] = row["eval/return"] = returns.mean().item()
             row["eval/return_std"] = returns.std().item()
             tqdm.write(f"{frames:,} frames: evaluation {returns.mean():.1f} +- {returns.std():.1f}")
-            with torch.random.fork_rng():
-                logger.show(frames, agent.images(buffer, np.random.default_rng(0)), video, env.fps)
+            state = rng_state()
+            logger.show(frames, agent.images(buffer, np.random.default_rng(0)), video, env.fps)
+            set_rng_state(state)
         if row:
             check_finite(now["metrics"], agent.updates)
             now["wall_s"] = time.monotonic() - clock
@@ -999,12 +1039,12 @@ def train(args, run_dir, interrupt, payload=None):
                 now["saved"] = frames
                 with survive("checkpoint"):
                     save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
-    logger.bar.close()
-    logger.writer.close()
-    check_finite(now["metrics"], agent.updates)
     now["wall_s"] = time.monotonic() - clock
     with survive("checkpoint"):
         save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
+    logger.bar.close()
+    with survive("metrics"):
+        logger.writer.close()
     for each in (env, eval_env):
         each.close()
     return summary(args, now, agent.updates)
@@ -1031,11 +1071,12 @@ def play(args):
     agent.load_state_dict(payload["agent"])
     policy = functools.partial(agent.act, explore=False)
     returns, video = evaluate(policy, env, args.seed + 2**31, args.eval_episodes, 256 * args.video)
-    if video:
-        folder = path if path.is_dir() else path.parent
-        print(f"video: {write_video(folder / 'evaluation', video, env.fps)}")
     env.close()
     print("returns: " + " ".join(f"{r:.1f}" for r in returns))
+    if video:
+        folder = path if path.is_dir() else path.parent
+        with survive("video"):
+            print(f"video: {write_video(folder / 'evaluation', video, env.fps)}")
     now = payload["progress"] | {"eval_return": returns.mean().item()}
     return summary(args, now, payload["updates"])
 
@@ -1046,7 +1087,7 @@ def main(args):
         mps = torch.backends.mps.is_available()
         args.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
-        torch.zeros(1, device=args.device)
+        torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as e:
         refuse("device", f"{args.device} cannot be used; try auto ({str(e).splitlines()[0]})")
     if args.evaluate:
@@ -1079,7 +1120,7 @@ def main(args):
           f"{row_bytes:,} bytes, {size / 2**30:.2f} GiB of {free / 2**30:.1f} free", flush=True)
     interrupt = Interrupt()
     numbers = train(args, run_dir, interrupt, payload)
-    if interrupt.signal:
+    if numbers["frames"] + args.action_repeat <= args.total_frames:
         print(f"stopped; to go on: python {Path(__file__).name} --resume {run_dir}")
         sys.exit(128 + interrupt.signal)
     print("summary " + json.dumps(numbers | {"run_dir": str(run_dir)}))

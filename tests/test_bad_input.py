@@ -39,10 +39,13 @@ BAD = [
     ("--resume /nowhere", "--resume", "/nowhere"),
     ("--evaluate /nowhere", "--evaluate", "/nowhere"),
     ("--track", "--track", "pip install wandb"),
+    ("--device meta", "--device", "try auto"),
     ("--runs-dir /dev/null/runs", "--runs-dir", "cannot be made"),
 ]
 BAD_SAC_AE = [
-    ("--obs state", "--obs", "--reconstruction none"),
+    ("--obs state", "--obs", "--reconstruction none --frame-stack 1"),
+    ("--alpha-beta1 1", "--alpha-beta1", "below 1"),
+    ("--conv-strides", "--conv-strides", "one conv layer"),
     ("--freeze-encoder --actor-trains-encoder", "--freeze-encoder", "drop one"),
     ("--gamma 1.5", "--gamma", "above 1"),
     ("--conv-strides 2 0", "--conv-strides", "above zero"),
@@ -141,6 +144,9 @@ def test_damaged_checkpoints(name, finished, tmp_path, damage, capsys):
     payload = module.read_checkpoint(run_dir, "resume", "cpu")  # the one before is used
     assert payload["progress"]["step"] < 200
     assert "going on from previous.pt" in capsys.readouterr().err
+    assert not (run_dir / "checkpoint.pt").exists()  # or the next save would make it previous.pt
+    if damage != "gone":
+        os.replace(run_dir / "damaged.pt", run_dir / "checkpoint.pt")
     if damage != "gone":
         DAMAGE[damage](run_dir / "previous.pt")
     else:

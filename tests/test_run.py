@@ -269,6 +269,37 @@ def test_nan_stops_the_run_and_spares_the_checkpoint(script, tmp_path):
     assert_same(first, torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True))
 
 
+def test_nan_weights_stop_the_run_before_they_act_or_are_saved(script, tmp_path):
+    first = train(script, tmp_path / "run", after=55)[1]
+    payload = script.read_checkpoint(tmp_path / "run", "resume", "cpu")
+    for tensor in payload["agent"].values():
+        tensor.fill_(float("nan"))
+    with pytest.raises(SystemExit, match="is nan after"):
+        script.train(tiny_args(script), tmp_path / "run", Stop(), payload)
+    assert_same(first, torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True))
+
+
+def test_metrics_csv_recovers_from_a_failed_write(script, tmp_path, capsys, monkeypatch):
+    rows = []
+    for folder in ("images", "videos"):
+        (tmp_path / folder).mkdir()
+    logger = script.Logger(tiny_args(script), tmp_path, 0, rows)
+    logger.log({"frames": 1, "a/b": 0.5})
+    monkeypatch.setattr(script.csv.DictWriter, "writeheader", lambda _: _full())
+    logger.log({"frames": 2, "a/c": 0.5})  # a new column: the file is written anew, and that fails
+    monkeypatch.undo()
+    assert "warning: metrics not written" in capsys.readouterr().err
+    logger.log({"frames": 3, "a/b": 1.5})
+    logger.writer.close()
+    assert metrics(tmp_path) == [{"frames": "1", "a/b": "0.5", "a/c": ""},
+                                 {"frames": "2", "a/b": "", "a/c": "0.5"},
+                                 {"frames": "3", "a/b": "1.5", "a/c": ""}]
+
+
+def _full():
+    raise OSError(28, "No space left on device")
+
+
 def test_resume_extends_a_run_but_refuses_another(whole, tmp_path):
     name, numbers = whole
     run_dir = tmp_path / "run"
