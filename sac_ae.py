@@ -827,7 +827,7 @@ class Logger:
         new, self.columns = columns != self.columns, []  # new: the whole file is written, as also
         with survive("metrics"):  # after a resume and after a write that failed
             with open(self.run_dir / "metrics.csv", "w" if new else "a", newline="") as file:
-                writer = csv.DictWriter(file, columns)
+                writer = csv.DictWriter(file, columns, lineterminator="\n")
                 if new:
                     writer.writeheader()
                 writer.writerows(self.rows if new else [row])

@@ -3,10 +3,12 @@ chooses the seeds; CI takes one."""
 
 import csv
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from conftest import SCRIPTS, run, summary
+from conftest import ROOT, SCRIPTS, run, summary
 
 
 @pytest.mark.slow
@@ -23,3 +25,11 @@ def test_smoke_run_learns(name, seed, tmp_path):
     assert numbers["eval_return"] >= 1.5 * numbers["random_return"] + 10
     error = spread / 9**0.5  # of the mean of ten, from their population standard deviation
     assert numbers["eval_return"] - 3 * error > numbers["random_return"]
+
+
+@pytest.mark.slow
+def test_the_speed_benchmark_runs():
+    command = [sys.executable, str(ROOT / "benchmark" / "speed.py"), "--rounds", "1"]
+    process = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("updates/s") == len(SCRIPTS)
