@@ -15,11 +15,12 @@ https://arxiv.org/abs/1910.01741; the authors' code: https://github.com/denisyar
                             +-x-> actor's own head --> MLP      J(pi) trains it; x: no gradient
 
     python sac_ae.py --smoke                  # a visible result in minutes on a laptop
-    python sac_ae.py --env-id cheetah-run     # the published configuration
+    python sac_ae.py --env-id cheetah-run     # the published hyperparameters
     python sac_ae.py --evaluate RUN_DIR       # play a trained agent and film it
 
 Shapes: B batch, T time, K stacked images, C H W image, S state, F features, D latent, A action.
-Units: frame = one simulator step; step = one decision = action_repeat frames; update = one batch.
+Units: frame = one control step of the task; step = one decision, held for action_repeat frames;
+update = one gradient update on one batch.
 
 Differences from the paper and the authors' code
 D1  The actor's optimizer does not hold the convs that it shares with the critic. Theirs does, but
@@ -74,7 +75,7 @@ SMOKE = {
     "render": "fast", "warmup_steps": 2000, "pretrain_updates": 500, "updates_per_step": 0.5,
     "batch_size": 32, "filters": 16, "conv_strides": (2, 2, 1), "hidden_dim": 256, "gamma": 0.95,
     "critic_tau": 0.02, "alpha_lr": 1e-3, "actor_every_updates": 1, "target_every_updates": 1,
-    "eval_every_frames": 16_000,
+    "eval_every_frames": 16_000, "checkpoint_every_frames": 16_000,
 }  # fmt: skip
 
 
@@ -88,7 +89,7 @@ class Args:
     image_size: int = 84  # side of the square image [pixels]
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there, else mps, else cpu
-    replay_capacity: int = 1_000_000  # steps kept; takes memory for min(this, the run's length)
+    replay_capacity: int = 1_000_000  # rows, one per step and episode start, or the run's if less
     warmup_steps: int = 1000  # uniformly random steps before the first update (paper 1000)
     pretrain_updates: int = 1000  # updates at the end of the warm-up (authors' code 1000)
     updates_per_step: float = 1.0  # updates per step from then on (paper 1)
@@ -107,7 +108,7 @@ class Args:
     reconstruction: Literal["ae", "vae", "none"] = "ae"  # vae: beta-VAE; none: SAC from pixels
     decoder_every_updates: int = 1  # reconstruct only at every Nth update
     freeze_encoder: bool = False  # only the reconstruction trains the encoder, no RL gradient
-    actor_trains_encoder: bool = False  # the actor's loss trains the convs too (unstable)
+    actor_trains_encoder: bool = False  # J(pi) moves the convs too, through pi and Q (unstable)
     frame_stack: int = 3  # images per observation (paper 3)
     filters: int = 32  # channels of every conv layer (paper 32)
     conv_strides: tuple[int, ...] = (2, 1, 1, 1)  # one 3x3 conv layer each (paper 2 1 1 1)
@@ -175,7 +176,7 @@ def check_args(args):
                     refuse(name, f"{number} is above 1")
     args.action_repeat = args.action_repeat or ACTION_REPEAT.get(args.env_id, 2)
     steps = args.total_frames // args.action_repeat
-    if args.seed >= 2**31:
+    if args.seed >= 2**31:  # evaluation adds as much
         refuse("seed", f"{args.seed} is not below {2**31}")
     if steps <= args.warmup_steps:
         refuse("total_frames", f"{steps} steps are no more than the --warmup-steps; raise it")
@@ -248,7 +249,7 @@ from dm_control.mujoco.engine import Camera
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-# ---- PixelEnv (identical in all five scripts) --------------------------------------------------
+# ---- PixelEnv (shared: the same text in every script) -------------------------------------------
 
 
 class EnvSpec(NamedTuple):
@@ -345,7 +346,7 @@ class PixelEnv:
         self.env.physics.free()
 
 
-# ---- ReplayBuffer (identical in all five scripts) ----------------------------------------------
+# ---- ReplayBuffer (shared: the same text in every script) ---------------------------------------
 
 
 class ReplayBuffer:
@@ -370,7 +371,8 @@ class ReplayBuffer:
     @staticmethod
     def row_bytes(spec):
         """Memory of one row [bytes]."""
-        return math.prod(spec.obs_shape) * spec.obs_dtype.itemsize + 4 * spec.action_dim + 16
+        obs = math.prod(spec.obs_shape) * spec.obs_dtype.itemsize
+        return obs + 4 * spec.action_dim + 4 + 4 + 8  # reward, discount, start
 
     def add(self, step, action=None):
         """Appends a Step and the action that led to it; no action: an episode starts."""
@@ -504,8 +506,7 @@ def minimize(loss, *optimizers):
     nowhere else, whatever the loss was computed with."""
     for optimizer in optimizers:
         optimizer.zero_grad()
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    loss.backward(inputs=[p for group in groups for p in group["params"]])
+    loss.backward(inputs=[p for o in optimizers for g in o.param_groups for p in g["params"]])
     for optimizer in optimizers:
         optimizer.step()
 
@@ -592,7 +593,7 @@ class Actor(nn.Module):
 
     def __init__(self, encoder, action_dim, args):
         super().__init__()
-        self.head = copy.deepcopy(encoder.head)
+        self.head = copy.deepcopy(encoder.head)  # the same layers; weight_init draws other weights
         self.trunk = mlp(encoder.z_dim, args.hidden_dim, 2 * action_dim)
 
     def forward(self, h):
@@ -617,7 +618,7 @@ class Critic(nn.Module):
 
 
 class Agent(nn.Module):
-    """SAC+AE. Losses are pure: tensors in, a scalar out; update() is the algorithm box."""
+    """SAC+AE: act, one method per loss (tensors in, a scalar out), and update, the algorithm."""
 
     def __init__(self, args, spec):
         super().__init__()
@@ -683,7 +684,7 @@ class Agent(nn.Module):
         return (self.log_alpha.exp() * error).mean()  # [SAC+AE J(alpha)]
 
     def image_target(self, images):
-        """uint8 to 32 grey levels plus uniform noise of one level, in [-0.5, 0.5)."""
+        """uint8 (B, K * C, H, W) to 32 grey levels plus noise of one level, in [-0.5, 0.5)."""
         return (images // 8 + torch.rand_like(images, dtype=torch.float32)) / 32 - 0.5
 
     def reconstruction_loss(self, h, images):
@@ -714,7 +715,8 @@ class Agent(nn.Module):
         minimize(metrics["loss/critic"], optimizers["critic"])
         actor_due = self.due(args.actor_every_updates)
         decoder_due = self.decoder is not None and self.due(args.decoder_every_updates)
-        h = self.encoder.convs(obs) if actor_due or decoder_due else None  # (B, F)  D2
+        h = self.encoder.convs(obs) if actor_due or decoder_due else None  # (B, F)  D2: its graph
+        # survives the actor's backward pass, which ends at the actor's own parameters
         if actor_due:
             metrics["loss/actor"], log_prob = self.actor_loss(h)
             minimize(metrics["loss/actor"], optimizers["actor"])
@@ -744,7 +746,7 @@ class Agent(nn.Module):
         return {"reconstruction": grid.permute(2, 0, 3, 1).flatten(1, 2).cpu().numpy()}
 
 
-# ---- evaluate (identical in four scripts; pearl_pixels.py evaluates task by task) --------------
+# ---- evaluate (shared: the same text in every script) -------------------------------------------
 
 
 def rng_state():
@@ -785,7 +787,7 @@ def evaluate(act, env, seed, episodes, video_size=0):
     return returns, video
 
 
-# ---- Logger and checkpoints (identical in all five scripts) ------------------------------------
+# ---- Logger and checkpoints (shared: the same text in every script) -----------------------------
 
 
 @contextlib.contextmanager
@@ -862,7 +864,7 @@ def write_file(payload, path, previous=None):
 
 
 def read_file(path, device="cpu"):
-    """torch.load that trusts nobody: every CRC is checked, only tensors and plain types come in."""
+    """torch.load that checks every CRC and lets in tensors and plain types only."""
     with zipfile.ZipFile(path) as archive:
         if bad := archive.testzip():
             raise ValueError(f"{bad} is damaged")
@@ -873,8 +875,8 @@ def check_finite(metrics, updates):
     """Ends a run whose losses are NaN or infinite, before such weights reach a checkpoint."""
     for name, value in metrics.items():
         if not math.isfinite(value):
-            sys.exit(f"error: {name} is {float(value)} after {updates} updates; this is not saved: "
-                     "--resume goes on from the checkpoint before, if there is one")  # fmt: skip
+            sys.exit(f"error: {name} is {float(value)} after {updates} updates; it is not saved. "
+                     "A new run with smaller learning rates may help")  # fmt: skip
 
 
 def save_checkpoint(run_dir, args, agent, buffer, env, rng, progress):
@@ -932,7 +934,7 @@ def load_checkpoint(payload, run_dir, agent, buffer, env, rng):
     return progress, step
 
 
-# ---- train (identical in four scripts; pearl_pixels.py has a loop over tasks) ------------------
+# ---- train (shared: the same text in every script) ----------------------------------------------
 
 
 def make_env(args, seed, pixels=True, video_size=0):
@@ -992,17 +994,17 @@ def train(args, run_dir, interrupt, payload=None):
     while now["step"] < total_steps:
         if now["action"] is None:
             now["action"], now["carry"] = agent.act(step.obs, now["carry"], explore=True)
-            if now["step"] < args.warmup_steps:
+            if now["step"] < args.warmup_steps:  # above, only the carry counted
                 now["action"] = random_action()
         since = now["step"] - args.warmup_steps
-        due = args.pretrain_updates + int(args.updates_per_step * since) if since >= 0 else 0
-        while agent.updates < due and not interrupt.signal:
+        wanted = args.pretrain_updates + int(args.updates_per_step * since) if since >= 0 else 0
+        while agent.updates < wanted and not interrupt.signal:
             began = time.monotonic()
             now["metrics"] |= agent.update(agent.sample(buffer, rng))
             if agent.updates == 10 and args.device == "cpu":
-                left = due + args.updates_per_step * (total_steps - now["step"])
+                left = wanted + args.updates_per_step * (total_steps - now["step"])
                 left = tqdm.format_interval(left * (time.monotonic() - began))
-                tqdm.write(f"on this CPU all the updates take about {left}; see --smoke")
+                tqdm.write(f"on this CPU the updates alone take about {left}; see --smoke")
         if interrupt.signal:
             break
 
@@ -1034,8 +1036,8 @@ def train(args, run_dir, interrupt, payload=None):
             step = env.reset()
             buffer.add(step)
             now |= {"carry": None, "return": 0.0}
-            far = frames - now["saved"] >= args.checkpoint_every_frames
-            if far and now["step"] < total_steps:
+            unsaved = frames - now["saved"]
+            if unsaved >= args.checkpoint_every_frames and now["step"] < total_steps:
                 now["saved"] = frames
                 with survive("checkpoint"):
                     save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
@@ -1045,12 +1047,12 @@ def train(args, run_dir, interrupt, payload=None):
     logger.bar.close()
     with survive("metrics"):
         logger.writer.close()
-    for each in (env, eval_env):
-        each.close()
+    env.close()
+    eval_env.close()
     return summary(args, now, agent.updates)
 
 
-# ---- main (identical in all five scripts) ------------------------------------------------------
+# ---- main (shared: the same text in every script) -----------------------------------------------
 
 
 def summary(args, now, updates):
@@ -1064,7 +1066,7 @@ def summary(args, now, updates):
 def play(args):
     """--evaluate: plays a checkpoint's agent and writes a video beside it."""
     payload, path = read_checkpoint(args.evaluate, "evaluate", args.device), Path(args.evaluate)
-    chosen = {k: getattr(args, k) for k in ("device", "eval_episodes", "seed", "video")}
+    chosen = {k: getattr(args, k) for k in ("device", "eval_episodes", "video")}
     args = dataclasses.replace(make_args(payload["args"]), **chosen)
     env = make_env(args, 0, video_size=256)
     agent = Agent(args, env.spec)
