@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10,<3.13"
 # dependencies = [
-#     "torch>=2.10,<2.14", "numpy>=2,<3", "dm_control==1.0.50", "mujoco>=3.17,<4", "tyro>=1,<2",
+#     "torch>=2.10,<2.14", "numpy>=2,<2.6", "dm_control==1.0.50", "mujoco>=3.17,<4", "tyro>=1,<2",
 #     "tensorboard>=2.20,<3", "imageio>=2.37,<3", "tqdm>=4.66,<5", "pytest>=8",
 # ]
 # ///
