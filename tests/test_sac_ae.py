@@ -1,6 +1,8 @@
 """SAC+AE's networks, losses, gradients and cadence, against closed forms and the fact sheet."""
 
 import math
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -454,3 +456,20 @@ def test_losses_are_reproducible():
         runs.append([agent.update(make_batch(agent, seed=i))["loss/critic"].item()
                      for i in range(50)])
     assert runs[0] == runs[1]
+
+
+def test_the_readmes_variants_are_accepted():
+    import tyro
+
+    text = (Path(script.__file__).parent / "README.md").read_text().replace("\\\n", " ")
+    flags = [f for f in re.findall(r"`(--[^`]+)`", text) if "reconstruction" in f or "every" in f]
+    flags += re.findall(r"python sac_ae.py (--obs[^\n]+)\n", text)
+    assert len(flags) >= 8
+    for line in flags:
+        args = tyro.cli(script.Args, args=line.split())
+        script.check_algorithm(args)
+        shape = (5,) if args.obs == "state" else (3, 24, 24)
+        small = {"filters": 4, "conv_strides": (2, 2), "hidden_dim": 16, "device": "cpu"}
+        changes = {**vars(args), **small, "obs_shape": shape}
+        agent = make_agent(**changes)
+        assert agent.update(make_batch(agent, obs_shape=shape))
