@@ -292,7 +292,7 @@ class PixelEnv:
         dtype = torch.uint8 if pixels else torch.float32
         self.spec = EnvSpec(self.reset().obs.shape, dtype, len(self.low))
         self.fps = max(1, round(1 / (self.env.control_timestep() * action_repeat)))  # of a video
-        self.random.seed(seed)
+        self.random.seed(seed)  # that reset does not count
 
     def reset(self):
         """First Step of a new episode."""
