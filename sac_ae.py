@@ -990,7 +990,7 @@ def train(args, run_dir, interrupt, payload=None):
         step = env.reset()
         buffer.add(step)
     logger = Logger(args, run_dir, now["step"] * args.action_repeat, now["rows"])
-    clock = time.monotonic() - now["wall_s"]
+    clock, began = time.monotonic() - now["wall_s"], None
     while now["step"] < total_steps:
         if now["action"] is None:
             now["action"], now["carry"] = agent.act(step.obs, now["carry"], explore=True)
@@ -999,11 +999,12 @@ def train(args, run_dir, interrupt, payload=None):
         since = now["step"] - args.warmup_steps
         wanted = args.pretrain_updates + int(args.updates_per_step * since) if since >= 0 else 0
         while agent.updates < wanted and not interrupt.signal:
-            began = time.monotonic()
             now["metrics"] |= agent.update(agent.sample(buffer, rng))
-            if agent.updates == 10 and args.device == "cpu":
+            if agent.updates == 10:
+                began = time.monotonic()
+            elif agent.updates == 30 and began and args.device == "cpu":
                 left = wanted + args.updates_per_step * (total_steps - now["step"])
-                left = tqdm.format_interval(left * (time.monotonic() - began))
+                left = tqdm.format_interval(left * (time.monotonic() - began) / 20)
                 tqdm.write(f"on this CPU the updates alone take about {left}; see --smoke")
         if interrupt.signal:
             break
