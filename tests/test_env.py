@@ -113,3 +113,17 @@ def test_saved_state_is_exact(script, env_id, played):
 def test_seed_decides_the_episodes(script):
     states = [make(script, "cheetah-run", seed, pixels=False).reset().state for seed in (1, 1, 2)]
     assert np.array_equal(states[0], states[1]) and not np.array_equal(states[0], states[2])
+
+
+def test_an_action_on_another_device(script):
+    """What a resumed CUDA run holds: a tensor that NumPy cannot read but tolist() can."""
+    class Elsewhere:
+        def tolist(self):
+            return [0.5] * 6
+
+        def __array__(self, *_, **__):
+            raise TypeError("can't convert a tensor on another device")
+
+    one, two = (make(script, "cheetah-run", pixels=False) for _ in range(2))
+    one.reset(), two.reset()
+    assert np.array_equal(one.step(Elsewhere()).state, two.step(torch.full((6,), 0.5)).state)
