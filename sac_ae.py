@@ -525,11 +525,10 @@ class Head(nn.Module):
     """h (B, F) -> z (B, D): linear, LayerNorm, tanh; a beta-VAE's adds noise of learned size, also
     when it acts."""
 
-    def __init__(self, h_dim, args):
+    def __init__(self, h_dim, z_dim, stochastic):
         super().__init__()
-        self.fc, self.norm = nn.Linear(h_dim, args.latent_dim), nn.LayerNorm(args.latent_dim)
-        stochastic = args.reconstruction == "vae"
-        self.log_std = nn.Linear(h_dim, args.latent_dim) if stochastic else None
+        self.fc, self.norm = nn.Linear(h_dim, z_dim), nn.LayerNorm(z_dim)
+        self.log_std = nn.Linear(h_dim, z_dim) if stochastic else None
 
     def gaussian(self, h):
         """Mean and log standard deviation (B, D) of q(z|o); None: deterministic."""
@@ -554,7 +553,7 @@ class Encoder(nn.Module):
     Actor and critic share the convs; each has a head of its own.
     """
 
-    def __init__(self, obs_shape, args):
+    def __init__(self, obs_shape, args, stochastic):
         super().__init__()
         if len(obs_shape) == 1:  # --obs state: nothing to encode
             self.convs, self.head, self.z_dim = nn.Identity(), nn.Identity(), obs_shape[0]
@@ -563,8 +562,8 @@ class Encoder(nn.Module):
         for stride in args.conv_strides:
             layers += [nn.Conv2d(channels, args.filters, 3, stride), nn.ReLU()]
             channels = args.filters
-        self.convs = nn.Sequential(*layers, nn.Flatten())
-        self.head, self.z_dim = Head(channels * sizes[-1] ** 2, args), args.latent_dim
+        self.convs, self.z_dim = nn.Sequential(*layers, nn.Flatten()), args.latent_dim
+        self.head = Head(channels * sizes[-1] ** 2, self.z_dim, stochastic)
 
     def forward(self, obs):
         return self.head(self.convs(obs))
@@ -624,10 +623,11 @@ class Agent(nn.Module):
         super().__init__()
         self.args, self.updates, self.action_dim = args, 0, spec.action_dim
         obs_shape = (args.frame_stack * spec.obs_shape[0], *spec.obs_shape[1:])
-        self.encoder = Encoder(obs_shape, args)
+        autoencoder = args.reconstruction  # ae, vae or none
+        self.encoder = Encoder(obs_shape, args, stochastic=autoencoder == "vae")
         self.actor = Actor(self.encoder, spec.action_dim, args)
         self.critic = Critic(self.encoder.z_dim, spec.action_dim, args)
-        self.decoder = Decoder(obs_shape, args) if args.reconstruction != "none" else None
+        self.decoder = Decoder(obs_shape, args) if autoencoder != "none" else None
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.init_temperature)))  # D6
         self.apply(weight_init).to(args.device, memory_format=torch.channels_last)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
@@ -638,10 +638,10 @@ class Agent(nn.Module):
         adam = functools.partial(torch.optim.Adam, fused=True)
         encoder, convs = [*self.encoder.parameters()], [*self.encoder.convs.parameters()]
         seen_by_critic = [] if args.freeze_encoder else encoder  # D5
-        seen_by_actor = convs if args.actor_trains_encoder else []  # D1
+        self.moved_by_actor = convs if args.actor_trains_encoder else []  # D1
         self.optimizers = {
             "critic": adam([*seen_by_critic, *self.critic.parameters()], args.critic_lr),
-            "actor": adam([*self.actor.parameters(), *seen_by_actor], args.actor_lr),
+            "actor": adam([*self.actor.parameters(), *self.moved_by_actor], args.actor_lr),
             "alpha": adam([self.log_alpha], args.alpha_lr, (args.alpha_beta1, 0.999)),
         }
         if self.decoder is not None:
@@ -723,8 +723,8 @@ class Agent(nn.Module):
             metrics["loss/alpha"] = self.alpha_loss(log_prob)
             minimize(metrics["loss/alpha"], optimizers["alpha"])
             metrics |= {"stat/entropy": -log_prob.mean(), "stat/alpha": self.log_alpha.exp()}
-            if args.actor_trains_encoder:
-                h = self.encoder.convs(obs)  # they have just moved
+            if self.moved_by_actor:
+                h = self.encoder.convs(obs)  # other features from now on
         if self.due(args.target_every_updates):
             soft_update(self.critic, self.target_critic, args.critic_tau)
             soft_update(self.encoder, self.target_encoder, args.encoder_tau)
