@@ -527,12 +527,12 @@ class Head(nn.Module):
 
     def __init__(self, h_dim, z_dim, stochastic):
         super().__init__()
-        self.fc, self.norm = nn.Linear(h_dim, z_dim), nn.LayerNorm(z_dim)
+        self.fc, self.norm, self.squash = nn.Linear(h_dim, z_dim), nn.LayerNorm(z_dim), nn.Tanh()
         self.log_std = nn.Linear(h_dim, z_dim) if stochastic else None
 
     def gaussian(self, h):
         """Mean and log standard deviation (B, D) of q(z|o); None: deterministic."""
-        mu = torch.tanh(self.norm(self.fc(h)))
+        mu = self.squash(self.norm(self.fc(h)))
         return mu, None if self.log_std is None else bounded_log_std(self.log_std(h))
 
     def forward(self, h):
@@ -617,7 +617,7 @@ class Critic(nn.Module):
 
 
 class Agent(nn.Module):
-    """SAC+AE: act, one method per loss (tensors in, a scalar out), and update, the algorithm."""
+    """act, one method per loss (tensors in, a scalar out), and update, the algorithm."""
 
     def __init__(self, args, spec):
         super().__init__()
@@ -707,7 +707,7 @@ class Agent(nn.Module):
         return buffer.transitions(rng, self.args.batch_size, self.args.frame_stack)
 
     def update(self, batch):
-        """One update from a batch of ReplayBuffer.transitions; metrics as 0-d tensors."""
+        """One update from a batch of sample(); metrics as 0-d tensors."""
         optimizers, args = self.optimizers, self.args
         obs, next_obs = preprocess(batch["obs"]), preprocess(batch["next_obs"])
         columns = batch["action"], batch["reward"], batch["discount"]
@@ -729,8 +729,8 @@ class Agent(nn.Module):
             soft_update(self.critic, self.target_critic, args.critic_tau)
             soft_update(self.encoder, self.target_encoder, args.encoder_tau)
         if decoder_due:
-            metrics["loss/reconstruction"] = self.reconstruction_loss(h, batch["obs"])
-            minimize(metrics["loss/reconstruction"], optimizers["encoder"], optimizers["decoder"])
+            loss = metrics["loss/reconstruction"] = self.reconstruction_loss(h, batch["obs"])
+            minimize(loss, optimizers["encoder"], optimizers["decoder"])
         self.updates += 1
         return {name: value.detach() for name, value in metrics.items()}
 
@@ -739,10 +739,10 @@ class Agent(nn.Module):
         """{name: uint8 (H, W, 3)}: eight newest images of stacks above their reconstructions."""
         if self.decoder is None:
             return {}
-        obs = buffer.transitions(rng, 8, self.args.frame_stack)["obs"]
-        output = self.decoder(self.encoder(preprocess(obs)))[:, -3:]
-        output = ((output + 0.5) * 255).clamp(0, 255).to(torch.uint8)
-        grid = torch.cat([obs[:, -3:], output], 2)  # (8, 3, 2 H, W)
+        batch = self.sample(buffer, rng)
+        output = self.decoder(self.encoder(preprocess(batch["obs"][:8])))
+        rows = [batch["obs"], ((output + 0.5) * 255).clamp(0, 255).to(torch.uint8)]
+        grid = torch.cat([row[:8, -3:] for row in rows], 2)  # (8, 3, rows * H, W)
         return {"reconstruction": grid.permute(2, 0, 3, 1).flatten(1, 2).cpu().numpy()}
 
 

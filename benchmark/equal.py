@@ -1,7 +1,13 @@
-"""Our SAC+AE against the authors' code: same weights, batches and noise, so the same losses and
-the same parameters after every update.
+"""One of our scripts against its authors' code: same weights, batches, crops and noise, so the same
+losses and the same parameters after every update.
 
-    python benchmark/equal.py DIR      # DIR: a checkout of github.com/denisyarats/pytorch_sac_ae
+    python benchmark/equal.py DIR [flags of our script]    # DIR: a checkout, see authors.py
+
+    python benchmark/equal.py pytorch_sac_ae
+    python benchmark/equal.py SAC-GAARA
+    python benchmark/equal.py SAC-GAARA-4fe3771 --contrast-step joint --no-train-similarity \\
+        --contrast-weight 1e-2
+    python benchmark/equal.py curl --reconstruction none --no-latent-tanh --contrast-floor 1
 
 In double precision, as single precision lets Adam's first steps, which divide a gradient by its own
 size, turn rounding errors of gradients near zero into steps. Exit status 1 above 1e-5.
@@ -12,44 +18,12 @@ import sys
 import types
 from pathlib import Path
 
+import authors
 import numpy as np
 import torch
+import tyro
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import sac_ae as script
-
-ACTION_DIM, BATCH = 6, 128
-
-
-class Log:
-    """Their logger's interface; keeps the last value of everything."""
-
-    def __init__(self):
-        self.last = {}
-
-    def log(self, key, value, step):
-        self.last[key] = value.item() if hasattr(value, "item") else value
-
-    def log_histogram(self, *_):
-        pass
-
-    log_param = log_image = log_histogram
-
-
-def make_peer(folder):
-    """Their agent with the arguments of their train.py, in double precision."""
-    sys.modules["gym"] = types.SimpleNamespace(Wrapper=object)  # imported, but not needed here
-    del sys.modules["sac_ae"]
-    sys.path.insert(0, folder)
-    module, utils = importlib.import_module("sac_ae"), importlib.import_module("utils")
-    preprocess = utils.preprocess_obs
-    utils.preprocess_obs = lambda obs: preprocess(obs.float()).double()  # it insists on float32
-    torch.set_default_dtype(torch.float64)
-    peer = module.SacAeAgent(
-        (9, 84, 84), (ACTION_DIM,), torch.device("cpu"), hidden_dim=1024, init_temperature=0.1,
-        alpha_lr=1e-4, alpha_beta=0.5, critic_tau=0.01, encoder_tau=0.05,
-        decoder_latent_lambda=1e-6, decoder_weight_lambda=1e-7)
-    return peer
 
 
 def pairs(ours, peer):
@@ -69,19 +43,28 @@ def pairs(ours, peer):
     out["actor"] = [(ours.actor.head.fc, peer.actor.encoder.fc),
                     (ours.actor.head.norm, peer.actor.encoder.ln),
                     *mlp(ours.actor.trunk, peer.actor.trunk)]
-    deconvs = [(ours.decoder.net[3 + 2 * i], peer.decoder.deconvs[i]) for i in range(4)]
-    out["decoder"] = [(ours.decoder.net[0], peer.decoder.fc), *deconvs]
+    if ours.decoder is not None:
+        deconvs = [(ours.decoder.net[3 + 2 * i], peer.decoder.deconvs[i]) for i in range(4)]
+        out["decoder"] = [(ours.decoder.net[0], peer.decoder.fc), *deconvs]
     return out
 
 
 def make_batch(seed):
-    """Coarse random images, actions and rewards."""
-    rng = np.random.default_rng(seed)
-    images = rng.integers(0, 256, (2, BATCH, 9, 12, 12), dtype=np.uint8).repeat(7, 3).repeat(7, 4)
-    return {"obs": torch.as_tensor(images[0]), "next_obs": torch.as_tensor(images[1]),
-            "action": torch.as_tensor(rng.uniform(-1, 1, (BATCH, ACTION_DIM))),
-            "reward": torch.as_tensor(rng.uniform(0, 1, (BATCH, 1))),
-            "discount": torch.ones(BATCH, 1)}
+    """Coarse random images, actions and rewards; what the other crop shows is unrelated here."""
+    rng, batch = np.random.default_rng(seed), authors.BATCH
+    images = rng.integers(0, 256, (3, batch, 9, 12, 12), dtype=np.uint8).repeat(7, 3).repeat(7, 4)
+    images = dict(zip(("obs", "next_obs", "positive"), map(torch.as_tensor, images), strict=True))
+    return {**images, "action": torch.as_tensor(rng.uniform(-1, 1, (batch, authors.ACTION_DIM))),
+            "reward": torch.as_tensor(rng.uniform(0, 1, (batch, 1))),
+            "discount": torch.ones(batch, 1)}
+
+
+def their_buffer(batch):
+    """Stands in for their replay buffer: gives this batch."""
+    obs, next_obs, positive = (batch[k].double() for k in ("obs", "next_obs", "positive"))
+    plain = obs, batch["action"], batch["reward"], next_obs, batch["discount"]
+    crops = {"obs_anchor": obs, "obs_pos": positive, "time_anchor": None, "time_pos": None}
+    return types.SimpleNamespace(sample=lambda: plain, sample_cpc=lambda: (*plain, crops))
 
 
 def noise(draw, counter):
@@ -93,39 +76,66 @@ def noise(draw, counter):
 
 
 def main():
-    peer, counter = make_peer(sys.argv[1]), [0]
-    spec = script.EnvSpec((3, 84, 84), torch.uint8, ACTION_DIM)
-    ours = script.Agent(script.Args(device="cpu", pretrain_updates=0), spec)
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
+    folder, flags = sys.argv[1], sys.argv[2:]
+    name = authors.PEERS[authors.which(folder)][0]
+    script = importlib.import_module(name)
+    args = tyro.cli(script.Args, args=["--device", "cpu", *flags])
+    module, utils = authors.load(folder)
+    if hasattr(utils, "preprocess_obs"):  # it insists on float32
+        original = utils.preprocess_obs
+        utils.preprocess_obs = lambda obs: original(obs.float()).double()
+    torch.set_default_dtype(torch.float64)
+    peer = authors.make_agent(module, folder, "cpu", getattr(args, "contrast_weight", 0.0))
+    if authors.which(folder) == "curl_sac.py":
+        peer.encoder_optimizer.step = lambda: None
+        print("without the authors' second step of the encoder on the same gradient")
+    size = 84 if name == "sac_ae" else 100
+    spec = script.EnvSpec((3, size, size), torch.uint8, authors.ACTION_DIM)
+    ours, counter, worst = script.Agent(args, spec), [0], 0.0
     for modules in pairs(ours, peer).values():
         for a, b in modules:
             a.load_state_dict(b.state_dict())
+    similarity = getattr(ours, "similarity", None)
+    their_W = getattr(peer, "Comparison", getattr(peer, "CURL", None))
+    contrastive = []
+    if similarity is not None:
+        similarity.data.copy_(their_W.W.data)
+        peer.cross_entropy_loss.register_forward_hook(lambda *x: contrastive.append(x[2]))
     script.preprocess = lambda obs: obs.double() / 255
     torch.randn_like = noise(lambda rng, shape: rng.standard_normal(shape), counter)
     torch.rand_like = noise(lambda rng, shape: rng.random(shape, np.float32).astype(float), counter)
-    worst = 0.0
     for update in range(3):
-        batch, log = make_batch(update), Log()
-        theirs = (batch["obs"].double(), batch["action"], batch["reward"],
-                  batch["next_obs"].double(), batch["discount"])
+        batch, log = make_batch(update), authors.Log()
         counter[0] = 10 * update
-        peer.update(types.SimpleNamespace(sample=lambda b=theirs: b), log, step=2)  # all parts due
-        counter[0], ours.updates = 10 * update, 1
-        metrics = ours.update(batch)
+        peer.update(their_buffer(batch), log, step=0)  # all parts are due, CURL's logging too
+        counter[0] = 10 * update
+        weight = ours.annealed_weight() if similarity is not None else 0
+        metrics = ours.update(batch)  # in the first burst, where all parts are due
         names = {"loss/critic": "train_critic/loss", "loss/actor": "train_actor/loss",
                  "loss/alpha": "train_alpha/loss", "loss/reconstruction": "train_ae/ae_loss"}
+        theirs = {a: log.last[b] for a, b in names.items() if b in log.last}
+        if similarity is not None:
+            theirs["loss/contrastive"] = contrastive[-1]
+            if args.contrast_step == "joint":  # theirs logs the sum
+                theirs["loss/reconstruction"] = (
+                    theirs["loss/reconstruction"] - weight * contrastive[-1])
         print(f"update {update + 1}")
-        for a, b in names.items():
-            one, two = metrics[a].item(), log.last[b]
+        for key, value in theirs.items():
+            one, two = metrics[key].item(), value.item()
             worst = max(worst, abs(one - two))
-            print(f"    {a:22}{one:20.12f} {two:20.12f}   difference {abs(one - two):.1e}")
-        for part, modules in pairs(ours, peer).items():
-            both = [(p, q) for a, b in modules
-                    for p, q in zip(a.parameters(), b.parameters(), strict=True)]
+            print(f"    {key:22}{one:20.12f} {two:20.12f}   difference {abs(one - two):.1e}")
+        parts = {part: [(p, q) for a, b in modules
+                        for p, q in zip(a.parameters(), b.parameters(), strict=True)]
+                 for part, modules in pairs(ours, peer).items()}
+        if similarity is not None:
+            parts["similarity"] = [(similarity, their_W.W)]
+        parts["log alpha"] = [(ours.log_alpha, peer.log_alpha)]
+        for part, both in parts.items():
             difference = max((p - q).abs().max().item() for p, q in both)
             worst = max(worst, difference)
             print(f"    parameters of {part:15} largest difference {difference:.1e}")
-        alphas = ours.log_alpha.item(), peer.log_alpha.item()
-        worst = max(worst, abs(alphas[0] - alphas[1]))
     print(f"largest difference of all: {worst:.1e}")
     sys.exit(worst > 1e-5)
 

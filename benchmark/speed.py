@@ -1,11 +1,11 @@
 """How fast each script is on this machine, at its default configuration.
 
     python benchmark/speed.py                               every script
-    python benchmark/speed.py --scripts sac_ae --peer DIR   and the authors' code in DIR beside it
+    python benchmark/speed.py --peer DIR [-- FLAGS]         one, and its authors' code in DIR
 
 Times are medians. What is compared runs in turns, each in a process of its own, so that other load
-on the machine hits both and neither profits from the other's settings. DIR is a checkout of
-https://github.com/denisyarats/pytorch_sac_ae, which is not part of this repository.
+on the machine hits both and neither profits from the other's settings. DIR is a checkout, see
+authors.py; FLAGS are of our script, as to compare CURL with sac_gaara.py --reconstruction none.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import time
-import types
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,10 +55,13 @@ def filled(module, args):
     return module.Agent(args, spec), buffer, rng
 
 
-def own(name, device, env_id):
+def own(name, device, env_id, flags):
     """Functions to time of one of the scripts. Of two updates one has an actor step."""
+    import tyro
+
     module = importlib.import_module(name)
-    agent, buffer, rng = filled(module, module.Args(device=device, pretrain_updates=0))
+    always = ["--device", device, "--pretrain-updates", "0"]
+    agent, buffer, rng = filled(module, tyro.cli(module.Args, args=always + flags))
 
     def update():
         return agent.update(agent.sample(buffer, rng))
@@ -68,30 +70,20 @@ def own(name, device, env_id):
             "two updates": lambda: (update(), update())}
 
 
-def authors(folder, device):
-    """The same of the authors' SAC+AE, with the arguments of their train.py."""
-    import numpy as np
-    import torch
+def peer(folder, device):
+    """The same of the authors' code."""
+    import authors
 
-    sys.modules["gym"] = types.SimpleNamespace(Wrapper=object)  # imported, but not needed here
-    sys.path.insert(0, folder)
-    peer, utils = importlib.import_module("sac_ae"), importlib.import_module("utils")
-    agent = peer.SacAeAgent(
-        (9, 84, 84), (6,), torch.device(device), hidden_dim=1024, init_temperature=0.1,
-        alpha_lr=1e-4, alpha_beta=0.5, critic_tau=0.01, encoder_tau=0.05,
-        decoder_latent_lambda=1e-6, decoder_weight_lambda=1e-7)
-    buffer, rng = utils.ReplayBuffer((9, 84, 84), (6,), 1000, 128, device), np.random.default_rng(0)
-    for _ in range(1000):
-        obs = rng.integers(0, 256, (9, 84, 84), dtype=np.uint8)
-        buffer.add(obs, rng.uniform(-1, 1, 6), rng.random(), obs, False)
-    silent = types.SimpleNamespace(**dict.fromkeys(
-        ("log", "log_histogram", "log_param", "log_image"), lambda *_: None))
+    module, utils = authors.load(folder)
+    agent = authors.make_agent(module, folder, device)
+    buffer, log = authors.make_buffer(utils, folder, device), authors.Log()
 
     def pair():
-        agent.update(buffer, silent, 1)
-        agent.update(buffer, silent, 2)
+        agent.update(buffer, log, 1)
+        agent.update(buffer, log, 2)
 
-    return {"sample": buffer.sample, "two updates": pair}
+    return {"sample": getattr(buffer, "sample_cpc", getattr(buffer, "sample", None)),
+            "two updates": pair}
 
 
 def work(calls, device):
@@ -110,11 +102,11 @@ def work(calls, device):
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # peak memory [GiB]
 
 
-def in_turns(subjects, rounds, flags):
+def in_turns(subjects, rounds, flags, script_flags):
     """{subject: {function: median ms}} and {subject: peak GiB}, one worker per subject."""
     workers, times = {}, {}
     for subject in subjects:
-        command = [sys.executable, __file__, *flags, "--worker", subject]
+        command = [sys.executable, __file__, *flags, "--worker", subject, "--", *script_flags]
         workers[subject] = subprocess.Popen(command, stdin=subprocess.PIPE, text=True,
                                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     for subject, worker in workers.items():
@@ -140,14 +132,15 @@ def main():
     parser.add_argument("--env-id", default="cheetah-run")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=10, help="how often each is timed (10)")
-    parser.add_argument("--peer", help="folder with the authors' pytorch_sac_ae")
+    parser.add_argument("--peer", help="folder with the authors' code, see authors.py")
+    parser.add_argument("flags", nargs="*", help="of our script, after --")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         if args.worker == args.peer:
-            return work(authors(args.peer, args.device), args.device)
+            return work(peer(args.peer, args.device), args.device)
         sys.path.insert(0, str(ROOT))
-        return work(own(args.worker, args.device, args.env_id), args.device)
+        return work(own(args.worker, args.device, args.env_id, args.flags), args.device)
 
     import torch
 
@@ -155,10 +148,14 @@ def main():
     print(f"{platform.machine()}, {os.cpu_count()} cores, {threads} threads, Python "
           f"{platform.python_version()}, torch {torch.__version__}, {args.device}, {args.env_id}")
     flags = ["--device", args.device, "--env-id", args.env_id]
+    if args.peer:
+        import authors
+
+        args.scripts = [authors.PEERS[authors.which(args.peer)][0]]
+        flags += ["--peer", args.peer]
     for name in args.scripts:
-        peer = args.peer if name == "sac_ae" else None
-        subjects = [name, peer] if peer else [name]
-        times, peaks = in_turns(subjects, args.rounds, flags + (["--peer", peer] if peer else []))
+        subjects = [name, args.peer] if args.peer else [name]
+        times, peaks = in_turns(subjects, args.rounds, flags, args.flags)
         for subject in subjects:
             print(f"\n{subject}: milliseconds; peak memory {peaks[subject]:.1f} GiB")
             for key, ms in times[subject].items():
@@ -167,8 +164,8 @@ def main():
         print(f"    updates/s {2000 / ours['two updates']:.2f}; against physics.render: exact "
               f"{ours['physics.render'] / ours['render exact']:.2f}x, fast "
               f"{ours['physics.render'] / ours['render fast']:.1f}x")
-        if peer:
-            ratio = times[peer]["two updates"] / ours["two updates"]
+        if args.peer:
+            ratio = times[args.peer]["two updates"] / ours["two updates"]
             print(f"    updates as fast as the authors': {ratio:.2f}x")
 
 

@@ -1,0 +1,93 @@
+"""The authors' agents, built from checkouts of their repositories, which are not part of this one:
+
+    github.com/denisyarats/pytorch_sac_ae    beside sac_ae.py
+    github.com/Otsuts/SAC-GAARA              beside sac_gaara.py; commit 4fe3771 is its release 1
+    github.com/MishaLaskin/curl              beside sac_gaara.py --reconstruction none ...
+"""
+
+import importlib
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import torch
+
+ACTION_DIM, BATCH, CAPACITY = 6, 128, 1000
+PEERS = {  # file in the checkout: (our script, their class, side of the images in their replay)
+    "sac_cae.py": ("sac_gaara", "SacCaeAgent", 100),
+    "curl_sac.py": ("sac_gaara", "CurlSacAgent", 100),
+    "sac_ae.py": ("sac_ae", "SacAeAgent", 84),
+}
+ARGUMENTS = {  # of their train.py
+    "hidden_dim": 1024, "discount": 0.99, "init_temperature": 0.1, "alpha_lr": 1e-4,
+    "alpha_beta": 0.5, "actor_lr": 1e-3, "actor_beta": 0.9, "actor_log_std_min": -10,
+    "actor_log_std_max": 2, "actor_update_freq": 2, "critic_lr": 1e-3, "critic_beta": 0.9,
+    "critic_tau": 0.01, "critic_target_update_freq": 2, "encoder_type": "pixel",
+    "encoder_feature_dim": 50, "encoder_lr": 1e-3, "encoder_tau": 0.05, "num_layers": 4,
+    "num_filters": 32,
+}
+DECODER = {"decoder_type": "pixel", "decoder_lr": 1e-3, "decoder_update_freq": 1,
+           "decoder_latent_lambda": 1e-6, "decoder_weight_lambda": 1e-7}
+
+
+def which(folder):
+    """File name of the agent in a checkout: a key of PEERS."""
+    for name in PEERS:
+        if (Path(folder) / name).exists():
+            return name
+    sys.exit(f"error: none of {', '.join(PEERS)} in {folder}")
+
+
+def windows(images, shape):
+    """skimage.util.shape.view_as_windows, for which numpy has a name too."""
+    return np.lib.stride_tricks.sliding_window_view(images, shape)
+
+
+def load(folder):
+    """Their agent's module and their utils; what these import but do not need here is a stub."""
+    name = which(folder)
+    sys.modules["gym"] = types.SimpleNamespace(Wrapper=object)
+    shape = types.SimpleNamespace(view_as_windows=windows)
+    for stub in ("skimage", "skimage.util", "skimage.util.shape"):
+        sys.modules[stub] = shape
+    sys.modules.pop("sac_ae", None)  # ours has the same name
+    sys.path.insert(0, str(folder))
+    return importlib.import_module(Path(name).stem), importlib.import_module("utils")
+
+
+def make_agent(module, folder, device, contrast_weight=1.0):
+    """Their agent for (9, 84, 84) images and 6 actions; contrast_weight: GAARA's first lambda."""
+    name, extra = which(folder), {}
+    if name != "curl_sac.py":
+        extra |= DECODER
+    if name == "sac_cae.py":
+        extra |= {"comparison_lambda": contrast_weight, "curl_latent_dim": 128, "image_size": 84}
+    kind = getattr(module, PEERS[name][1])
+    return kind((9, 84, 84), (ACTION_DIM,), torch.device(device), **ARGUMENTS, **extra)
+
+
+def make_buffer(utils, folder, device):
+    """Their replay buffer, full of noise."""
+    side, rng = PEERS[which(folder)][2], np.random.default_rng(0)
+    shape = (9, side, side)
+    buffer = utils.ReplayBuffer(shape, (ACTION_DIM,), CAPACITY, BATCH, device)
+    for _ in range(CAPACITY):
+        obs = rng.integers(0, 256, shape, dtype=np.uint8)
+        buffer.add(obs, rng.uniform(-1, 1, ACTION_DIM), rng.random(), obs, False)
+    return buffer
+
+
+class Log:
+    """Their logger's interface; keeps the last value of everything."""
+
+    def __init__(self):
+        self.last = {}
+
+    def log(self, key, value, step):
+        self.last[key] = value
+
+    def log_histogram(self, *_):
+        pass
+
+    log_param = log_image = log_histogram
