@@ -28,12 +28,30 @@ TINY = {
 }
 
 
+REPRESENTATIVES = "sac_ae", "pearl_pixels"  # between them, all text that scripts share
+
+
+def pytest_addoption(parser):
+    parser.addoption("--every-script", action="store_true",
+                     help="repeat the tests of shared text for every script")
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes; run with -m slow")
+    config.addinivalue_line("markers", "shared: tests text that test_shared.py keeps the same in "
+                            "every script, so one script is enough; see --every-script")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves the slow tests out unless -m asks for them."""
+    """Leaves out the slow tests unless -m asks for them, and what would test the same text again."""
+    def again(item):
+        params = getattr(item, "callspec", None) and item.callspec.params or {}
+        names = {params.get(key) for key in ("script", "name", "whole")} & set(SCRIPTS)
+        return "shared" in item.keywords and names and not names & set(REPRESENTATIVES)
+
+    if not config.option.every_script:
+        config.hook.pytest_deselected(items=[item for item in items if again(item)])
+        items[:] = [item for item in items if not again(item)]
     if not config.option.markexpr:
         for item in items:
             if "slow" in item.keywords:

@@ -110,6 +110,7 @@ def test_bad_usage_does_not_wait_for_pytorch(name, tmp_path):
     assert "imported" in run(name, "", env=env).stderr
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize("value, word", [("glx", "glx"), ("disable", "disable")])
 def test_no_renderer(name, tmp_path, value, word):
     process = run(name, f"--runs-dir {tmp_path}/runs", env={**os.environ, "MUJOCO_GL": value})
@@ -159,6 +160,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damaged_checkpoints(name, finished, tmp_path, damage, capsys):
     """In this process, to be quick: read_checkpoint is all that --resume and --evaluate use."""
@@ -182,6 +184,7 @@ def test_damaged_checkpoints(name, finished, tmp_path, damage, capsys):
     assert not os.path.exists("/tmp/pwned_by_checkpoint")
 
 
+@pytest.mark.shared
 def test_refused_from_the_command_line(name, finished, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(finished(name), run_dir)
@@ -195,6 +198,7 @@ def test_refused_from_the_command_line(name, finished, tmp_path):
     assert not os.path.exists("/tmp/pwned_by_checkpoint")
 
 
+@pytest.mark.shared
 def test_damaged_replay(name, finished, tmp_path):
     run_dir = tmp_path / "run"
     shutil.copytree(finished(name), run_dir)
@@ -202,6 +206,7 @@ def test_damaged_replay(name, finished, tmp_path):
     assert_refused(run(name, f"--resume {run_dir} --total-frames 5000"), "--resume", "replay")
 
 
+@pytest.mark.shared
 def test_args_that_do_not_match_the_checkpoint(name, finished, tmp_path):
     """args.json was edited, or belongs to another run."""
     run_dir = tmp_path / "run"
@@ -211,6 +216,7 @@ def test_args_that_do_not_match_the_checkpoint(name, finished, tmp_path):
     assert_refused(run(name, f"--resume {run_dir}"), "--seed", "the run has 1")
 
 
+@pytest.mark.shared
 def test_without_the_gl_libraries(name, tmp_path):
     """The libraries are hidden behind an empty folder, in a mount namespace of its own."""
     script = "for f in $(find /usr/lib -name 'lib*GL*.so*'); do mount --bind /dev/null $f; done; "

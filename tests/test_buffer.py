@@ -7,6 +7,7 @@ import pytest
 import scipy.stats
 import torch
 
+pytestmark = pytest.mark.shared
 K, A, SHAPE = 3, 2, (3, 4, 4)
 
 

@@ -5,6 +5,8 @@ import pytest
 import torch
 from dm_control import suite
 
+pytestmark = pytest.mark.shared
+
 
 def make(script, env_id, seed=3, repeat=4, size=84, render="exact", **kwargs):
     return script.PixelEnv(env_id, seed, repeat, size, render, **kwargs)

@@ -172,6 +172,7 @@ def wait_for(path, process, seconds=120):
     return next(Path(path).glob("*"))
 
 
+@pytest.mark.shared
 @pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130),
                                           (signal.SIGTERM, 143)])
 def test_signals(whole, tmp_path, number, code):
@@ -196,6 +197,7 @@ def test_signals(whole, tmp_path, number, code):
     assert metrics(numbers["run_dir"]) == metrics(run_dir)
 
 
+@pytest.mark.shared
 def test_a_second_signal_stops_at_once(script, capsys):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     try:
@@ -231,6 +233,7 @@ def patched(name, flags, fault):
                           capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.shared
 def test_kill_during_save(whole, tmp_path):
     name, numbers = whole
     flags = TINY[name].replace("--no-video", "") + f" --runs-dir {tmp_path}"
@@ -242,6 +245,7 @@ def test_kill_during_save(whole, tmp_path):
     assert metrics(numbers["run_dir"]) == metrics(run_dir)
 
 
+@pytest.mark.shared
 def test_full_disk_costs_a_warning(whole, tmp_path):
     name, numbers = whole
     process = patched(name, f"{TINY[name]} --runs-dir {tmp_path}",
@@ -279,6 +283,7 @@ def test_nan_weights_stop_the_run_before_they_act_or_are_saved(script, tmp_path)
     assert_same(first, torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True))
 
 
+@pytest.mark.shared
 def test_metrics_csv_recovers_from_a_failed_write(script, tmp_path, capsys, monkeypatch):
     rows = []
     for folder in ("images", "videos"):
@@ -310,6 +315,7 @@ def test_resume_extends_a_run_but_refuses_another(whole, tmp_path):
     assert longer["frames"] == 5000 and longer["updates"] == numbers["updates"] + 50
 
 
+@pytest.mark.shared
 def test_weights_and_biases_is_imported_only_when_asked_for(script, tmp_path):
     """A stand-in for the package notes that it was imported and what it was told."""
     name, log = script.__name__, tmp_path / "calls"
