@@ -43,7 +43,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out the slow tests unless -m asks for them, and what would test the same text again."""
+    """Leaves out the slow tests unless -m asks for them, and what tests the same text again."""
     def again(item):
         params = getattr(item, "callspec", None) and item.callspec.params or {}
         names = {params.get(key) for key in ("script", "name", "whole")} & set(SCRIPTS)
