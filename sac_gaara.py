@@ -126,10 +126,10 @@ class Args:
     filters: int = 32  # channels of every conv layer (paper 32)
     conv_strides: tuple[int, ...] = (2, 1, 1, 1)  # one 3x3 conv layer each (paper 2 1 1 1)
     latent_dim: int = 50  # size of z (paper 50)
-    hidden_dim: int = 1024  # width of actor and critic (paper 1024)
+    hidden_dim: int = 1024  # width of the hidden layers (paper 1024)
     gamma: float = 0.99  # discount per step (paper 0.99)
-    critic_lr: float = 1e-3  # Adam step of convs, head, Q1, Q2 on J(Q) (paper 1e-3)
-    actor_lr: float = 1e-3  # Adam step of the actor (paper 1e-3)
+    critic_lr: float = 1e-3  # Adam step on J(Q) (paper 1e-3)
+    actor_lr: float = 1e-3  # Adam step on J(pi) (paper 1e-3)
     alpha_lr: float = 1e-4  # Adam step of log alpha (paper 1e-4)
     encoder_lr: float = 1e-3  # Adam step of convs and head on J(RAE) (paper 1e-3)
     decoder_lr: float = 1e-3  # Adam step of the decoder (paper 1e-3)
@@ -137,8 +137,8 @@ class Args:
     init_temperature: float = 0.1  # first alpha (paper 0.1)
     actor_every_updates: int = 2  # actor and alpha move at every Nth update (paper 2)
     target_every_updates: int = 2  # target networks move at every Nth update (paper 2)
-    critic_tau: float = 0.01  # by which part of the way, the target Qs (paper 0.01)
-    encoder_tau: float = 0.05  # by which part of the way, the target encoder (paper 0.05)
+    critic_tau: float = 0.01  # part of the way that the target Qs go then (paper 0.01)
+    encoder_tau: float = 0.05  # part of the way that the target encoder goes (paper 0.05)
     latent_weight: float = 1e-6  # of the penalty |z|^2 / 2 (paper 1e-6)
     decoder_weight_decay: float = 1e-7  # L2 on the decoder, inside Adam (paper 1e-7)
     kl_weight: float = 3.15e-5  # vae: beta / 31752, as the error is a mean over 63,504 pixels
@@ -296,8 +296,10 @@ class EnvSpec(NamedTuple):
 class Step(NamedTuple):
     obs: np.ndarray  # what the agent sees: image uint8 (3, H, W), or the state
     state: np.ndarray  # the task's own observation, flattened, float32 (S,)
+    action: np.ndarray  # what led here, float32 (A,); zeros where an episode starts
     reward: float  # summed over the action repeat
     discount: float  # 0 where the task ended for good; 1 everywhere else, at a time limit too
+    first: bool  # an episode starts
     last: bool  # the episode is over
 
 
@@ -353,8 +355,9 @@ class PixelEnv:
         obs = state = state.astype(np.float32)
         if self.pixels:
             obs = self.render(self.image_size).transpose(2, 0, 1).copy()
+        action = np.float32(self.actions[-1] if self.actions else [0.0] * len(self.low))
         discount = 1.0 if time_step.discount is None else time_step.discount
-        return Step(obs, state, float(reward), float(discount), self.last)
+        return Step(obs, state, action, float(reward), float(discount), not self.actions, self.last)
 
     def render(self, size):
         """Image (size, size, 3) uint8; copy it, the camera draws into the same array again."""
@@ -409,28 +412,27 @@ class ReplayBuffer:
         obs = math.prod(spec.obs_shape) * spec.obs_dtype.itemsize
         return obs + 4 * spec.action_dim + 4 + 4 + 8  # reward, discount, start
 
-    def add(self, step, action=None):
-        """Appends a Step and the action that led to it; no action: an episode starts."""
+    def add(self, step):
+        """Appends a Step."""
         slot, before = self.row % self.capacity, (self.row - 1) % self.capacity
-        self.start[slot] = self.row if action is None else self.start[before]
-        values = step.obs, 0.0 if action is None else action, step.reward, step.discount
+        self.start[slot] = self.row if step.first else self.start[before]
+        values = step.obs, step.action, step.reward, step.discount
         for column, value in zip(self.columns.values(), values, strict=True):
             column[slot] = torch.as_tensor(value)
         self.row += 1
 
-    def draw(self, rng, count, length, history=1):
-        """Rows (count,) at which `length` rows of one episode begin, uniform, with replacement.
-
-        The `history` - 1 rows before must still be there. Raises if no episode is that long.
+    def draw(self, rng, count, first, length, together):
+        """Rows (count,), none before `first`, at which `length` rows begin of which the last
+        `together` are of one episode; uniform, with replacement. Raises if there is no such row.
         """
-        oldest, rows = self.row - self.capacity, np.empty(0, np.int64)
-        low = oldest + history - 1 if oldest > 0 else 0
+        rows = np.empty(0, np.int64)
         for _ in range(1000):
-            new = rng.integers(low, self.row - length + 1, count)
-            rows = np.append(rows, new[self.start[(new + length - 1) % self.capacity] <= new])
+            new = rng.integers(first, self.row - length + 1, count)
+            episode = self.start[(new + length - 1) % self.capacity]  # of the last row
+            rows = np.append(rows, new[episode <= new + length - together])
             if len(rows) >= count:
                 return rows[:count]
-        raise ValueError(f"the replay buffer holds hardly any episode of {length} rows")
+        raise ValueError(f"the replay buffer holds hardly any episode of {together} rows")
 
     def gather(self, column, rows):
         """Rows of a column, (*rows.shape, ...). On a CPU index_select is much faster than [ ]."""
@@ -442,16 +444,19 @@ class ReplayBuffer:
 
         Before an episode's first image, a stack repeats it.
         """
-        rows = self.draw(rng, batch_size, 2, stack)
+        oldest = self.row - self.capacity
+        rows = self.draw(rng, batch_size, oldest + stack - 1 if oldest > 0 else 0, 2, 2)
         episode = self.start[rows % self.capacity]
         window = np.maximum(rows[:, None] + np.arange(1 - stack, 2), episode[:, None])
         obs = self.gather("obs", window)  # (B, stack + 1, C, H, W)
         batch = {key: self.gather(key, rows + 1) for key in ("action", "reward", "discount")}
         return {"obs": obs[:, :-1].flatten(1, 2), "next_obs": obs[:, 1:].flatten(1, 2), **batch}
 
-    def sequences(self, rng, batch_size, length):
-        """Batch of all columns (B, T, ...) and is_first (B, T): T rows of one episode each."""
-        rows = self.draw(rng, batch_size, length)[:, None] + np.arange(length)
+    def sequences(self, rng, batch_size, length, together):
+        """Batch of all columns (B, T, ...) and is_first (B, T): T rows of which at least the last
+        `together` are of one episode; where is_first, one starts."""
+        rows = self.draw(rng, batch_size, max(0, self.row - self.capacity), length, together)
+        rows = rows[:, None] + np.arange(length)
         is_first = torch.as_tensor(self.start[rows % self.capacity] == rows).to(self.device)
         return {"is_first": is_first, **{key: self.gather(key, rows) for key in self.columns}}
 
@@ -710,9 +715,9 @@ class Agent(nn.Module):
             self.optimizers["contrastive"] = adam(encoder + W, args.encoder_lr)
 
     @torch.no_grad()  # acting learns nothing
-    def act(self, obs, carry, explore):
-        """Action (A,) for an obs (C, H, W), and the stack to carry on; None: an episode starts."""
-        obs = torch.as_tensor(obs, device=self.args.device)[None]
+    def act(self, step, carry, explore):
+        """Action (A,) for a Step, and the stack to carry on; None: an episode starts."""
+        obs = torch.as_tensor(step.obs, device=self.args.device)[None]
         old = [obs] * (self.args.frame_stack - 1) if carry is None else [carry[:, obs.shape[1] :]]
         stack = torch.cat([*old, obs], 1)  # (1, K * C, H, W)
         mu, log_std = self.actor(self.encoder.convs(preprocess(crop(stack, self.args.crop_size))))
@@ -865,7 +870,7 @@ def set_rng_state(states):
 
 
 def evaluate(act, env, seed, episodes, video_size=0):
-    """Plays `episodes` episodes of `env` with act(obs, carry) -> action, carry.
+    """Plays `episodes` episodes of `env` with act(step, carry) -> action, carry.
 
     Seeds the environment and PyTorch, and leaves PyTorch's random numbers as they were. Gives the
     returns (episodes,) and the first episode's images (video_size, video_size, 3) if asked for.
@@ -878,7 +883,7 @@ def evaluate(act, env, seed, episodes, video_size=0):
         while not step.last:
             if video_size and i == 0:
                 video.append(env.render(video_size).copy())
-            action, carry = act(step.obs, carry)
+            action, carry = act(step, carry)
             step = env.step(action)
             returns[i] += step.reward
     set_rng_state(before)  # D4
@@ -1076,6 +1081,13 @@ def train(args, run_dir, interrupt, payload=None):
     def random_action():
         return torch.as_tensor(rng.uniform(-1, 1, env.spec.action_dim), dtype=torch.float32)
 
+    def log(row):
+        check_finite(now["metrics"], agent.updates)
+        now["wall_s"], frames = time.monotonic() - clock, now["step"] * args.action_repeat
+        counters = {"frames": frames, "steps": now["step"], "updates": agent.updates}
+        metrics = {name: float(value) for name, value in now["metrics"].items()}
+        logger.log(counters | row | metrics | {"time/wall_s": now["wall_s"]})
+
     if payload:
         now, step = load_checkpoint(payload, run_dir, agent, buffer, env, rng)
     else:
@@ -1091,7 +1103,7 @@ def train(args, run_dir, interrupt, payload=None):
     clock, began = time.monotonic() - now["wall_s"], None
     while now["step"] < total_steps:
         if now["action"] is None:
-            now["action"], now["carry"] = agent.act(step.obs, now["carry"], explore=True)
+            now["action"], now["carry"] = agent.act(step, now["carry"], explore=True)
             if now["step"] < args.warmup_steps:  # above, only the carry counted
                 now["action"] = random_action()
         since = now["step"] - args.warmup_steps
@@ -1104,13 +1116,15 @@ def train(args, run_dir, interrupt, payload=None):
                 left = wanted + args.updates_per_step * (total_steps - now["step"])
                 left = tqdm.format_interval(left * (time.monotonic() - began) / 20)
                 tqdm.write(f"on this CPU the updates alone take about {left}; see --smoke")
+            if agent.updates % 1000 == 0 and agent.updates < wanted:
+                log({})  # a long burst is seen to go on
         if interrupt.signal:
             break
 
         if not now["action"].isfinite().all():
             check_finite(now["metrics"] | {"the action": math.nan}, agent.updates)
         step = env.step(now["action"])
-        buffer.add(step, now["action"])
+        buffer.add(step)
         now |= {"step": now["step"] + 1, "action": None, "return": now["return"] + step.reward}
         frames, row = now["step"] * args.action_repeat, {}
         logger.bar.update(args.action_repeat)
@@ -1126,11 +1140,7 @@ def train(args, run_dir, interrupt, payload=None):
             logger.show(frames, agent.images(buffer, np.random.default_rng(0)), video, env.fps)
             set_rng_state(state)
         if row:
-            check_finite(now["metrics"], agent.updates)
-            now["wall_s"] = time.monotonic() - clock
-            counters = {"frames": frames, "steps": now["step"], "updates": agent.updates}
-            metrics = {name: float(value) for name, value in now["metrics"].items()}
-            logger.log(counters | row | metrics | {"time/wall_s": now["wall_s"]})
+            log(row)
         if step.last:
             step = env.reset()
             buffer.add(step)

@@ -50,8 +50,8 @@ def filled(module, args):
     buffer, rng = module.ReplayBuffer(1000, spec, args.device), np.random.default_rng(0)
     for t in range(1000):
         image = rng.integers(0, 256, spec.obs_shape, dtype=np.uint8)
-        action = torch.as_tensor(rng.uniform(-1, 1, 6), dtype=torch.float32)
-        buffer.add(module.Step(image, None, rng.random(), 1.0, False), action if t % 251 else None)
+        action, first = rng.uniform(-1, 1, 6), t % 251 == 0
+        buffer.add(module.Step(image, None, action, rng.random(), 1.0, first, False))
     return module.Agent(args, spec), buffer, rng
 
 

@@ -26,7 +26,7 @@ BAD = [
     ("--total-frames 0", "--total-frames", "above zero"),
     ("--total-frames 900", "--total-frames", "--warmup-steps"),
     ("--action-repeat -2", "--action-repeat", "above zero"),
-    ("--batch-size 0", "--batch-size", "above zero"),
+    ("--eval-every-frames 0", "--eval-every-frames", "above zero"),
     ("--updates-per-step nan", "--updates-per-step", "finite"),
     ("--updates-per-step inf", "--updates-per-step", "finite"),
     ("--replay-capacity 3", "--replay-capacity", "1000"),
@@ -86,7 +86,7 @@ def test_refused(name, tmp_path):
         assert time.monotonic() - began < 30 and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("flags", ["--bach-size 3", "--batch-size three", "--render pretty", "7"])
+@pytest.mark.parametrize("flags", ["--bach-size 3", "--gamma three", "--render pretty", "7"])
 def test_typos_are_refused_by_the_parser(name, flags):
     process = run(name, flags)
     assert process.returncode == 2 and "Traceback" not in process.stderr

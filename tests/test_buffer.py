@@ -18,7 +18,7 @@ def fill(script, capacity, lengths, seed=0):
     naive, episodes = {}, []
     for length in lengths:
         stack = [rng.integers(0, 256, SHAPE, dtype=np.uint8)] * K
-        buffer.add(script.Step(stack[-1], None, 0.0, 1.0, False))
+        buffer.add(script.Step(stack[-1], None, np.zeros(A), 0.0, 1.0, True, False))
         first = buffer.row - 1
         for t in range(length):
             image = rng.integers(0, 256, SHAPE, dtype=np.uint8)
@@ -27,7 +27,7 @@ def fill(script, capacity, lengths, seed=0):
             naive[buffer.row - 1] = (np.concatenate(stack), action, reward, discount,
                                      np.concatenate([*stack[1:], image]))
             stack = [*stack[1:], image]
-            buffer.add(script.Step(image, None, reward, discount, t == length - 1), action)
+            buffer.add(script.Step(image, None, action, reward, discount, False, t == length - 1))
         episodes.append(range(first, buffer.row))
     return buffer, naive, episodes
 
@@ -53,42 +53,54 @@ def test_transitions_equal_the_naive_buffers(script, capacity, monkeypatch):
 
 
 @pytest.mark.parametrize("capacity", [100, 30])
-@pytest.mark.parametrize("length, history", [(2, 1), (2, 3), (4, 1), (8, 1)])
-def test_draws_are_uniform_over_exactly_the_valid_rows(script, capacity, length, history):
+@pytest.mark.parametrize("length, together", [(2, 2), (4, 4), (8, 8), (8, 2), (5, 1)])
+def test_draws_are_uniform_over_exactly_the_valid_rows(script, capacity, length, together):
     buffer, _, episodes = fill(script, capacity, LENGTHS)
-    oldest = max(buffer.row - capacity, 0)
-    low = oldest + (history - 1 if oldest else 0)
-    valid = [t for e in episodes for t in e if t >= low and t + length - 1 in e]
-    drawn = buffer.draw(np.random.default_rng(0), 200 * len(valid), length, history)
+    first = max(buffer.row - capacity, 0) + 1
+    ends = [t for e in episodes for t in e if t - together + 1 in e]  # of the last rows
+    valid = [t - length + 1 for t in ends if t - length + 1 >= first]
+    drawn = buffer.draw(np.random.default_rng(0), 200 * len(valid), first, length, together)
     values, counts = np.unique(drawn, return_counts=True)
     assert values.tolist() == valid
     assert scipy.stats.chisquare(counts).pvalue > 1e-3
 
 
+@pytest.mark.parametrize("capacity", [100, 30])
+def test_transitions_are_drawn_from_where_stacks_are_whole(script, capacity, monkeypatch):
+    buffer, naive, _ = fill(script, capacity, LENGTHS)
+    oldest, asked, draw = buffer.row - capacity, [], buffer.draw
+    monkeypatch.setattr(buffer, "draw", lambda rng, *rest: asked.append(rest) or draw(rng, *rest))
+    buffer.transitions(np.random.default_rng(0), 8, K)
+    assert asked == [(8, oldest + K - 1 if oldest > 0 else 0, 2, 2)]
+
+
 def test_too_long_sequences_are_an_error(script):
     buffer, _, _ = fill(script, 100, LENGTHS)
     with pytest.raises(ValueError, match="15 rows"):
-        buffer.draw(np.random.default_rng(0), 8, 15)
+        buffer.draw(np.random.default_rng(0), 8, 0, 15, 15)
 
 
 @pytest.mark.parametrize("capacity", [100, 30])
-def test_sequences(script, capacity):
+@pytest.mark.parametrize("together", [5, 2])
+def test_sequences(script, capacity, together):
     buffer, naive, episodes = fill(script, capacity, LENGTHS)
-    batch = buffer.sequences(np.random.default_rng(1), 64, 5)
+    batch = buffer.sequences(np.random.default_rng(1), 64, 5, together)
     assert batch["obs"].shape == (64, 5, *SHAPE) and batch["action"].shape == (64, 5, A)
-    last = {naive[t][4][-3:].tobytes(): t + 1 for t in naive}  # image -> row
+    images = {t + 1: naive[t][4][-3:] for t in naive} | {
+        e[0]: naive[e[0]][0][-3:] for e in episodes}
+    row_of = {image.tobytes(): row for row, image in images.items()}
+    starts, crossing = {e[0] for e in episodes}, 0
     for i in range(64):
-        rows = [last.get(image.numpy().tobytes()) for image in batch["obs"][i]]
-        start = rows[1] - 1
-        assert rows[1:] == list(range(start + 1, start + 5))
-        assert any(start in e and start + 4 in e for e in episodes)
-        assert batch["is_first"][i].tolist() == [start + j in {e[0] for e in episodes}
-                                                 for j in range(5)]
-        for j in range(1, 5):  # row t holds what arriving there brought
-            assert torch.equal(batch["action"][i, j], naive[start + j - 1][1])
-            assert batch["reward"][i, j].item() == np.float32(naive[start + j - 1][2])
-        if batch["is_first"][i, 0]:
-            assert batch["action"][i, 0].abs().sum() == 0 and batch["reward"][i, 0] == 0
+        rows = [row_of[image.numpy().tobytes()] for image in batch["obs"][i]]
+        assert rows == list(range(rows[0], rows[0] + 5)) and rows[0] >= buffer.row - capacity
+        assert any(rows[-together] in e and rows[-1] in e for e in episodes)
+        assert batch["is_first"][i].tolist() == [row in starts for row in rows]
+        crossing += any(row in starts for row in rows[1:])
+        for j, row in enumerate(rows):  # row t holds what arriving there brought
+            action, reward = (0, 0) if row in starts else naive[row - 1][1:3]
+            assert (batch["action"][i, j] == action).all()
+            assert batch["reward"][i, j].item() == np.float32(reward)
+    assert (crossing > 0) == (together < 5)
 
 
 def test_memory(script):
@@ -134,7 +146,7 @@ def test_memory_grows_to_what_was_announced(script, tmp_path):
     buffer = script.ReplayBuffer(rows, spec, "cpu")
     image = np.full((3, 84, 84), 7, np.uint8)
     for i in range(2 * rows):
-        buffer.add(script.Step(image, None, 0.0, 1.0, False), torch.zeros(6) if i % 100 else None)
+        buffer.add(script.Step(image, None, np.zeros(6), 0.0, 1.0, i % 100 == 0, False))
     announced = rows * script.ReplayBuffer.row_bytes(spec)
     assert resident() - before < 1.1 * announced + 2**24
     buffer.saved = buffer.row - 3000

@@ -309,8 +309,8 @@ def test_resume_extends_a_run_but_refuses_another(whole, tmp_path):
     name, numbers = whole
     run_dir = tmp_path / "run"
     shutil.copytree(numbers["run_dir"], run_dir)
-    refused = run(name, f"--resume {run_dir} --batch-size 5")
-    assert refused.returncode == 2 and "--batch-size" in refused.stderr
+    refused = run(name, f"--resume {run_dir} --gamma 0.5")
+    assert refused.returncode == 2 and "--gamma" in refused.stderr
     longer = summary(run(name, f"--resume {run_dir} --total-frames 5000"))
     assert longer["frames"] == 5000 and longer["updates"] == numbers["updates"] + 50
 

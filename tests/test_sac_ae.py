@@ -43,6 +43,11 @@ def make_batch(agent, size=4, seed=0, obs_shape=(3, 24, 24)):
             "reward": torch.rand(size, 1, generator=g)}
 
 
+def seen(obs):
+    """The Step of an observation, as far as acting needs it."""
+    return script.Step(obs, None, None, 0.0, 1.0, True, False)
+
+
 def count(*modules):
     return sum(p.numel() for m in modules for p in m.parameters())
 
@@ -427,13 +432,13 @@ def test_state_agent_is_plain_sac():
 def test_act_stacks_and_stays_in_range():
     agent = make_agent()
     images = [np.full((3, 24, 24), i, np.uint8) for i in range(4)]
-    action, carry = agent.act(images[0], None, explore=False)
+    action, carry = agent.act(seen(images[0]), None, explore=False)
     assert carry.shape == (1, 9, 24, 24) and action.shape == (2,) and action.abs().max() <= 1
     for image in images[1:]:
-        action, carry = agent.act(image, carry, explore=False)
+        action, carry = agent.act(seen(image), carry, explore=False)
     assert carry[0, :, 0, 0].tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3]
-    again, _ = agent.act(images[3], torch.cat([carry[:, :3], carry[:, :6]], 1), explore=False)
-    noisy = [agent.act(images[3], None, explore=True)[0] for _ in range(2)]
+    again, _ = agent.act(seen(images[3]), torch.cat([carry[:, :3], carry[:, :6]], 1), explore=False)
+    noisy = [agent.act(seen(images[3]), None, explore=True)[0] for _ in range(2)]
     assert not torch.equal(*noisy) and again.shape == (2,)
 
 
