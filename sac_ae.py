@@ -175,6 +175,7 @@ def check_args(args):
                 if number > 1 and name in AT_MOST_ONE:
                     refuse(name, f"{number} is above 1")
     args.action_repeat = args.action_repeat or ACTION_REPEAT.get(args.env_id, 2)
+    check_algorithm(args)
     steps = args.total_frames // args.action_repeat
     if args.seed >= 2**31:  # evaluation adds as much
         refuse("seed", f"{args.seed} is not below {2**31}")
@@ -188,7 +189,6 @@ def check_args(args):
         refuse("evaluate", "cannot be combined with --resume; drop one of them")
     if args.evaluate and not Path(args.evaluate).exists():
         refuse("evaluate", f"there is no {args.evaluate}; give a run folder or a checkpoint")
-    check_algorithm(args)
     with require_renderer():
         from absl import logging
 

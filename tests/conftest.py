@@ -18,13 +18,15 @@ if sys.platform == "linux" and not os.environ.get("DISPLAY"):
     os.environ.setdefault("MUJOCO_GL", "egl")  # as the scripts do, before a test imports dm_control
 
 # Four episodes of 50 steps, about 150 updates of a tiny network: a whole run in a few seconds.
-EVERY = ("--env-id cartpole-balance --action-repeat 20 --total-frames 4000 --image-size 24 "
-         "--render fast --warmup-steps 60 --pretrain-updates 10 --batch-size 4 "
-         "--eval-every-frames 2000 --eval-episodes 1 --checkpoint-every-frames 1000 --device cpu "
-         "--no-video ")
+EVERY = ("--env-id cartpole-balance --action-repeat 20 --total-frames 4000 --render fast "
+         "--warmup-steps 60 --pretrain-updates 10 --eval-every-frames 2000 --eval-episodes 1 "
+         "--checkpoint-every-frames 1000 --device cpu --no-video ")
+SMALL = "--image-size 24 --batch-size 4 --filters 4 --conv-strides 2 2 --hidden-dim 16 "
 TINY = {
-    "sac_ae": EVERY + "--filters 4 --conv-strides 2 2 --hidden-dim 16",
-    "sac_gaara": EVERY + "--filters 4 --conv-strides 2 2 --hidden-dim 16 --crop-size 20",
+    "sac_ae": EVERY + SMALL,
+    "sac_gaara": EVERY + SMALL + "--crop-size 20",
+    "slac": EVERY + "--image-size 16 --model-batch-size 2 --sac-batch-size 4 --channels 4 8 "
+    "--actions 3 --feature-dim 8 --z1-dim 4 --z2-dim 8 --hidden-dim 16",
 }
 
 
