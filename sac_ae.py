@@ -105,9 +105,9 @@ class Args:
     video: bool = True  # film the first episode of every evaluation
     # this algorithm
     obs: Literal["pixels", "state"] = "pixels"  # state: SAC from the simulator's state vector
-    reconstruction: Literal["ae", "vae", "none"] = "ae"  # vae: beta-VAE; none: SAC from pixels
+    reconstruction: Literal["ae", "vae", "none"] = "ae"  # vae: beta-VAE; none: no decoder
     decoder_every_updates: int = 1  # reconstruct only at every Nth update
-    freeze_encoder: bool = False  # only the reconstruction trains the encoder, no RL gradient
+    freeze_encoder: bool = False  # no gradient of J(Q) reaches the encoder
     actor_trains_encoder: bool = False  # J(pi) moves the convs too, through pi and Q (unstable)
     frame_stack: int = 3  # images per observation (paper 3)
     filters: int = 32  # channels of every conv layer (paper 32)
@@ -118,7 +118,7 @@ class Args:
     critic_lr: float = 1e-3  # Adam step on J(Q) (paper 1e-3)
     actor_lr: float = 1e-3  # Adam step on J(pi) (paper 1e-3)
     alpha_lr: float = 1e-4  # Adam step of log alpha (paper 1e-4)
-    encoder_lr: float = 1e-3  # Adam step of convs and head on J(RAE) (paper 1e-3)
+    encoder_lr: float = 1e-3  # Adam step of the encoder on losses other than J(Q) (paper 1e-3)
     decoder_lr: float = 1e-3  # Adam step of the decoder (paper 1e-3)
     alpha_beta1: float = 0.5  # Adam's beta1 of log alpha (paper 0.5)
     init_temperature: float = 0.1  # first alpha (paper 0.1)
@@ -639,7 +639,7 @@ class Agent(nn.Module):
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
 
         # Who trains what: a loss moves the parameters of its own optimizers, nothing else (see
-        # minimize). The encoder is in two: each loss has its own Adam moments, as published.
+        # minimize). Each loss that trains the encoder has Adam moments of its own, as published.
         adam = functools.partial(torch.optim.Adam, fused=True)
         encoder, convs = [*self.encoder.parameters()], [*self.encoder.convs.parameters()]
         seen_by_critic = [] if args.freeze_encoder else encoder  # D5

@@ -43,9 +43,10 @@ D7  Random crops of 84 in 100 start at 0 to 16; GAARA's and CURL's code leaves o
 D8  The contrastive weight is a function of the update counter, not a running difference. With the
     published Adam of its own it has no effect, as Adam divides it out again; it has one with
     --anneal lr, and with --contrast-step joint at weights around 1e-3.
-D9  The report's (2) and (9) lack the minus of a cross entropy, and its algorithm 1 encodes the
-    positives online. Section 4.2 and the code have the target encoder, and so have we.
+D9  The report's (2) and (9) lack the minus of a cross entropy, algorithm 1 encodes the positives
+    online, and section 4.2 swaps query and key. Here as in (6) and in the code: anchor W target.
 D10 CURL's code takes two steps of two Adams on one contrastive gradient; here it is one.
+D11 The contrastive step is taken at every update; theirs waits for the decoder's.
 """
 
 import contextlib
@@ -118,9 +119,9 @@ class Args:
     video: bool = True  # film the first episode of every evaluation
     # this algorithm
     obs: Literal["pixels", "state"] = "pixels"  # state: SAC from the simulator's state vector
-    reconstruction: Literal["ae", "vae", "none"] = "ae"  # vae: beta-VAE; none: SAC from pixels
+    reconstruction: Literal["ae", "vae", "none"] = "ae"  # vae: beta-VAE; none: no decoder
     decoder_every_updates: int = 1  # reconstruct only at every Nth update
-    freeze_encoder: bool = False  # only the reconstruction trains the encoder, no RL gradient
+    freeze_encoder: bool = False  # no gradient of J(Q) reaches the encoder
     actor_trains_encoder: bool = False  # J(pi) moves the convs too, through pi and Q (unstable)
     frame_stack: int = 3  # images per observation (paper 3)
     filters: int = 32  # channels of every conv layer (paper 32)
@@ -131,7 +132,7 @@ class Args:
     critic_lr: float = 1e-3  # Adam step on J(Q) (paper 1e-3)
     actor_lr: float = 1e-3  # Adam step on J(pi) (paper 1e-3)
     alpha_lr: float = 1e-4  # Adam step of log alpha (paper 1e-4)
-    encoder_lr: float = 1e-3  # Adam step of convs and head on J(RAE) (paper 1e-3)
+    encoder_lr: float = 1e-3  # Adam step of the encoder on losses other than J(Q) (paper 1e-3)
     decoder_lr: float = 1e-3  # Adam step of the decoder (paper 1e-3)
     alpha_beta1: float = 0.5  # Adam's beta1 of log alpha (paper 0.5)
     init_temperature: float = 0.1  # first alpha (paper 0.1)
@@ -144,13 +145,13 @@ class Args:
     kl_weight: float = 3.15e-5  # vae: beta / 31752, as the error is a mean over 63,504 pixels
     crop_size: int = 84  # side of what the networks see of the image [pixels] (paper 84)
     obs_crop: Literal["centre", "random"] = "centre"  # of next_obs and obs, which is the anchor
-    contrast: Literal["infonce", "discriminator", "none"] = "infonce"  # discriminator: decoder
+    contrast: Literal["infonce", "discriminator", "none"] = "infonce"  # discriminator: the decoder
     contrast_step: Literal["separate", "joint"] = "separate"  # joint: added to J(RAE), one step
     positive_encoder: Literal["target", "online"] = "target"  # what encodes the other crop
     train_similarity: bool = True  # InfoNCE moves W; the report's first release: no
     latent_tanh: bool = True  # z is squashed into (-1, 1); CURL: no
-    contrast_weight: float = 1.0  # of the contrastive loss at first (paper 1)
-    contrast_floor: float = 0.5  # what the weight falls to (paper 0.5)
+    contrast_weight: float = 1.0  # of the contrastive loss, or its rate, at first (paper 1)
+    contrast_floor: float = 0.5  # what the weight falls to, if it began above (paper 0.5)
     contrast_decay: float = 1e-6  # what the weight loses per update (paper 1e-6)
     anneal: Literal["loss", "lr"] = "loss"  # what the weight scales; paper: the loss, see D8
 
@@ -619,7 +620,7 @@ class Encoder(nn.Module):
         self.convs, self.z_dim = nn.Sequential(*layers, nn.Flatten()), args.latent_dim
         self.head = Head(channels * sizes[-1] ** 2, self.z_dim, stochastic)
         if not args.latent_tanh:
-            self.head.squash = nn.Identity()
+            self.head.squash = nn.Identity()  # as CURL
 
     def forward(self, obs):
         return self.head(self.convs(obs))
@@ -694,7 +695,7 @@ class Agent(nn.Module):
             self.similarity = nn.Parameter(torch.rand(D, D, device=args.device))  # W
 
         # Who trains what: a loss moves the parameters of its own optimizers, nothing else (see
-        # minimize). The encoder is in two: each loss has its own Adam moments, as published.
+        # minimize). Each loss that trains the encoder has Adam moments of its own, as published.
         adam = functools.partial(torch.optim.Adam, fused=True)
         encoder, convs = [*self.encoder.parameters()], [*self.encoder.convs.parameters()]
         seen_by_critic = [] if args.freeze_encoder else encoder  # D5
@@ -761,8 +762,8 @@ class Agent(nn.Module):
         return error + self.args.latent_weight * penalty + kl  # [SAC+AE J(RAE)]
 
     def contrastive_loss(self, h, positive):
-        """How badly the anchors find their positives among all of the batch; from the anchors' conv
-        features (B, F) and the positives, uint8 (B, K * C, H, W)."""
+        """InfoNCE: how badly the anchors find their positives among all of the batch. Or how much
+        the two decoded differ. From the anchors' conv features (B, F) and the positives' images."""
         online = self.args.positive_encoder == "online"
         encoder = self.encoder if online else self.target_encoder  # D9; the target has no gradient
         z_a, z_p = self.encoder.head(h), encoder(preprocess(positive))  # (B, D)
@@ -823,7 +824,7 @@ class Agent(nn.Module):
                 metrics["loss/contrastive"] = self.contrastive_loss(h, batch["positive"])
                 loss = loss + weight * metrics["loss/contrastive"]  # [GAARA (10)]
             minimize(loss, optimizers["encoder"], optimizers["decoder"])
-        if "contrastive" in optimizers:
+        if "contrastive" in optimizers:  # D11
             if decoder_due or h is None:  # the reconstruction has moved the convs
                 h = self.encoder.convs(obs)
             loss = metrics["loss/contrastive"] = self.contrastive_loss(h, batch["positive"])

@@ -5,7 +5,10 @@
 
 Times are medians. What is compared runs in turns, each in a process of its own, so that other load
 on the machine hits both and neither profits from the other's settings. DIR is a checkout, see
-authors.py; FLAGS are of our script, as to compare CURL with sac_gaara.py --reconstruction none.
+authors.py; FLAGS are of our script, as those of CURL:
+
+    python benchmark/speed.py --peer curl -- --reconstruction none --obs-crop random \
+        --no-latent-tanh --contrast-floor 1
 """
 
 import argparse
@@ -108,7 +111,7 @@ def in_turns(subjects, rounds, flags, script_flags):
     for subject in subjects:
         command = [sys.executable, __file__, *flags, "--worker", subject, "--", *script_flags]
         workers[subject] = subprocess.Popen(command, stdin=subprocess.PIPE, text=True,
-                                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+                                            stdout=subprocess.PIPE)
     for subject, worker in workers.items():
         names = worker.stdout.readline().strip().split("\t")[1:]
         times[subject] = {name: [] for name in names}

@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["sac_ae.py", "sac_gaara.py", "slac.py", "dreamerv2.py", "pearl_pixels.py"]
-CAPS = {"sac_ae.py": 1143, "sac_gaara.py": 1241, "slac.py": 1236}  # lines
+CAPS = {"sac_ae.py": 1143, "sac_gaara.py": 1242, "slac.py": 1236}  # lines
 VARIES = {  # the same name, another text, on purpose: the reason
     "Args": "compared field by field: only defaults may differ",
     "SMOKE": "each algorithm learns from its own small configuration",
