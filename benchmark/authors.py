@@ -3,6 +3,8 @@
     github.com/denisyarats/pytorch_sac_ae    beside sac_ae.py
     github.com/Otsuts/SAC-GAARA              beside sac_gaara.py; commit 4fe3771 is its release 1
     github.com/MishaLaskin/curl              beside sac_gaara.py --reconstruction none ...
+    github.com/toshikwa/slac.pytorch         beside slac.py; not the authors' (theirs is TensorFlow
+                                             1.15 and cannot be installed any more)
 """
 
 import importlib
@@ -18,6 +20,7 @@ PEERS = {  # file in the checkout: (our script, their class, side of the images 
     "sac_cae.py": ("sac_gaara", "SacCaeAgent", 100),
     "curl_sac.py": ("sac_gaara", "CurlSacAgent", 100),
     "sac_ae.py": ("sac_ae", "SacAeAgent", 84),
+    "slac/algo.py": ("slac", "SlacAlgorithm", 64),
 }
 ARGUMENTS = {  # of their train.py
     "hidden_dim": 1024, "discount": 0.99, "init_temperature": 0.1, "alpha_lr": 1e-4,
@@ -51,14 +54,20 @@ def load(folder):
     shape = types.SimpleNamespace(view_as_windows=windows)
     for stub in ("skimage", "skimage.util", "skimage.util.shape"):
         sys.modules[stub] = shape
-    sys.modules.pop("sac_ae", None)  # ours has the same name
+    for ours in ("sac_ae", "slac"):  # theirs have the same names
+        sys.modules.pop(ours, None)
+        sys.path = [entry for entry in sys.path if not Path(entry, f"{ours}.py").exists()]
     sys.path.insert(0, str(folder))
+    if name == "slac/algo.py":
+        return importlib.import_module("slac.algo"), importlib.import_module("slac.buffer")
     return importlib.import_module(Path(name).stem), importlib.import_module("utils")
 
 
 def make_agent(module, folder, device, contrast_weight=1.0):
     """Their agent for (9, 84, 84) images and 6 actions; contrast_weight: GAARA's first lambda."""
     name, extra = which(folder), {}
+    if name == "slac/algo.py":
+        return module.SlacAlgorithm((3, 64, 64), (ACTION_DIM,), 4, torch.device(device), seed=0)
     if name != "curl_sac.py":
         extra |= DECODER
     if name == "sac_cae.py":
@@ -78,6 +87,19 @@ def make_buffer(utils, folder, device):
     return buffer
 
 
+def fill_slac(agent, buffers):
+    """Fills slac.pytorch's replay buffer with noise, in episodes of 250 steps."""
+    buffers.LazyFrames.__array__ = (  # NumPy 2 passes one argument more
+        lambda self, dtype=None, copy=None: np.array(self._frames, dtype=dtype))
+    rng = np.random.default_rng(0)
+    for t in range(CAPACITY):
+        image = rng.integers(0, 256, (3, 64, 64), dtype=np.uint8)
+        if t % 250 == 0:
+            agent.buffer.reset_episode(image)
+        action = rng.uniform(-1, 1, ACTION_DIM)
+        agent.buffer.append(action, rng.random(), False, image, t % 250 == 249)
+
+
 class Log:
     """Their logger's interface; keeps the last value of everything."""
 
@@ -86,6 +108,8 @@ class Log:
 
     def log(self, key, value, step):
         self.last[key] = value
+
+    add_scalar = log
 
     def log_histogram(self, *_):
         pass

@@ -9,15 +9,20 @@ the same losses and the same parameters after every update.
         --contrast-weight 1e-2
     python benchmark/equal.py curl --reconstruction none --no-latent-tanh --contrast-floor 1 \
         --obs-crop random
+    python benchmark/equal.py slac.pytorch    # see slac_differences() for what is levelled first
 
 In double precision, as single precision lets Adam's first steps, which divide a gradient by its own
-size, turn rounding errors of gradients near zero into steps. Exit status 1 above 1e-9.
+size, turn rounding errors of gradients near zero into steps. Exit status 1 above 1e-9 (slac: 1e-5,
+as theirs adds 1e-8 to standard deviations).
 """
 
 import importlib
+import os
 import sys
 import types
 from pathlib import Path
+
+os.environ["PYTORCH_JIT"] = "0"  # slac.pytorch's scripted functions would draw their own noise
 
 import authors
 import numpy as np
@@ -99,6 +104,92 @@ def their_buffer(batch):
     return types.SimpleNamespace(sample=lambda: plain, sample_cpc=lambda: (*plain, crops))
 
 
+def slac_differences(script, sac):
+    """Levels what is meant to differ: slac.pytorch's critic loss lacks the 0.5 of the authors' and
+    its log-probability has 1e-6 under the logarithm. (Its windows never hold an episode's first
+    frames, where acting pads with black images; its reward loss leaves out terminal steps. Neither
+    occurs in these batches.)"""
+    ours = script.Agent.critic_loss
+    script.Agent.critic_loss = lambda *x: 2 * ours(*x)
+    sac.reparameterize = script.tanh_gaussian
+
+
+def slac_pairs(ours, peer):
+    """{part: [(our module, their module)]}, as pairs()."""
+    a, b = ours.model, peer.latent
+    mlps = {"q_first": (a.q_first.net, b.z1_posterior_init.net),
+            "q_next": (a.q_next.net, b.z1_posterior.net), "prior": (a.prior.net, b.z1_prior.net),
+            "z2_first": (a.z2_first.net, b.z2_prior_init.net),
+            "z2_next": (a.z2_next.net, b.z2_prior.net), "reward": (a.reward.net, b.reward.net),
+            "actor": (ours.actor.trunk, peer.actor.net)}
+    for name, one, two in (("critic", ours.critic, peer.critic),
+                           ("target critic", ours.target_critic, peer.critic_target)):
+        mlps[name + " 1"], mlps[name + " 2"] = (one.q1, two.net1), (one.q2, two.net2)
+    convs = {"encoder": (a.encoder, b.encoder), "decoder": (a.decoder, b.decoder)}
+    kinds = torch.nn.Conv2d, torch.nn.ConvTranspose2d
+    return {n: [(one[i], two[i]) for i in (0, 2, 4)] for n, (one, two) in mlps.items()} | {
+        n: list(zip(*([m for m in net.modules() if isinstance(m, kinds)] for net in both),
+                    strict=True)) for n, both in convs.items()}
+
+
+def slac(script, folder, args):
+    """Prints and gives the differences of slac.py and slac.pytorch over two joint updates."""
+    module, _ = authors.load(folder)
+    torch.set_default_dtype(torch.float64)
+    peer, A = authors.make_agent(module, folder, "cpu"), authors.ACTION_DIM
+    slac_differences(script, importlib.import_module("slac.network.sac"))
+    ours = script.Agent(args, script.EnvSpec((3, 64, 64), torch.uint8, A))
+    for modules in slac_pairs(ours, peer).values():
+        for a, b in modules:
+            a.load_state_dict(b.state_dict())
+    script.preprocess = lambda obs: obs.double() / 255
+    queue, differences, parts = [], [], {}
+    torch.randn = lambda *shape, **_: queue.pop(0).reshape(shape)
+    torch.randn_like = lambda x: queue.pop(0).reshape(x.shape)
+    losses = peer.latent.calculate_loss
+    peer.latent.calculate_loss = lambda *x: parts.setdefault("parts", losses(*x))
+    for update in range(2):
+        rng, batch, theirs, noise, log = np.random.default_rng(update), {}, {}, {}, authors.Log()
+        for name, size in (("model", 32), ("sac", 256)):
+            images = rng.integers(0, 256, (size, 9, 3, 8, 8), dtype=np.uint8)
+            obs = torch.as_tensor(images.repeat(8, 3).repeat(8, 4))
+            action = torch.as_tensor(rng.uniform(-1, 1, (size, 9, A)))
+            reward = torch.as_tensor(rng.uniform(0, 4, (size, 9, 1)))
+            batch[name] = {"obs": obs, "action": action, "reward": reward,
+                           "discount": torch.ones(size, 9, 1),
+                           "is_first": torch.zeros(size, 9, dtype=torch.bool)}
+            theirs[name] = obs.double() / 255, action[:, 1:], reward[:, 1:], torch.zeros(size, 8, 1)
+            noise[name] = torch.as_tensor(rng.standard_normal((size, 9, 288)))
+        both = [torch.as_tensor(rng.standard_normal((256, A))) for _ in range(2)]
+        peer.buffer.sample_latent = lambda _, b=theirs: b["model"]
+        peer.buffer.sample_sac = lambda _, b=theirs: (*b["sac"][:2], b["sac"][2][:, -1],
+                                                      b["sac"][3][:, -1])
+        for name in ("model", "sac"):
+            for t in range(9):  # z1 and z2, frame after frame
+                queue += noise[name][:, t].split([32, 256], -1)
+        queue += both
+        parts.clear()
+        peer.learning_steps_latent = peer.learning_steps_sac = 999  # it logs every 1000th
+        peer.update_latent(log)
+        peer.update_sac(log)
+        queue += [noise["model"], noise["sac"], *both]
+        metrics = ours.update(batch)
+        assert not queue
+        values = dict(zip(("loss/kl", "loss/image", "loss/reward"), parts["parts"], strict=True))
+        values |= {f"loss/{k}": torch.tensor(log.last[f"loss/{k}"])
+                   for k in ("critic", "actor", "alpha")}
+        print(f"update {update + 1}")
+        for key, value in values.items():
+            one, two = metrics[key].item(), value.item()
+            differences.append(abs(one - two) / max(1, abs(two)))
+            print(f"    {key:22}{one:20.10f} {two:20.10f}   relative {differences[-1]:.1e}")
+        for part, modules in slac_pairs(ours, peer).items():
+            differences.append(max((p - q).abs().max().item() for a, b in modules
+                                   for p, q in zip(a.parameters(), b.parameters(), strict=True)))
+            print(f"    parameters of {part:15} largest difference {differences[-1]:.1e}")
+    return differences
+
+
 def noise(draw, counter):
     """Stands in for torch.randn_like and rand_like: the nth call gives the nth noise."""
     def like(x, dtype=None):
@@ -107,13 +198,23 @@ def noise(draw, counter):
     return like
 
 
+def finish(differences, tolerance):
+    """Ends with exit status 1 if a difference is above the tolerance, or not a number."""
+    worst = np.max(differences)
+    print(f"largest difference of all: {worst:.1e}")
+    sys.exit(not worst <= tolerance)
+
+
 def main():
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     folder, flags = sys.argv[1], sys.argv[2:]
     name = authors.PEERS[authors.which(folder)][0]
     script = importlib.import_module(name)
-    args = tyro.cli(script.Args, args=["--device", "cpu", *flags, "--pretrain-updates", "9"])
+    burst = "0" if name == "slac" else "9"  # in SAC+AE's and SAC+GAARA's first burst all is due
+    args = tyro.cli(script.Args, args=["--device", "cpu", *flags, "--pretrain-updates", burst])
+    if name == "slac":
+        finish(slac(script, folder, args), 1e-5)
     module, utils = authors.load(folder)
     if hasattr(utils, "preprocess_obs"):  # it insists on float32
         original = utils.preprocess_obs
@@ -147,7 +248,7 @@ def main():
         peer.update(their_buffer(their_batch), log, step=0)  # all is due, CURL's logging too
         counter[0] = 10 * update
         weight = ours.annealed_weight() if similarity is not None else 0
-        metrics = ours.update(batch)  # in the first burst, where all parts are due
+        metrics = ours.update(batch)
         names = {"loss/critic": "train_critic/loss", "loss/actor": "train_actor/loss",
                  "loss/alpha": "train_alpha/loss", "loss/reconstruction": "train_ae/ae_loss"}
         theirs = {a: log.last[b] for a, b in names.items() if b in log.last}
@@ -171,9 +272,7 @@ def main():
             difference = max((p - q).abs().max().item() for p, q in both)
             differences.append(difference)
             print(f"    parameters of {part:15} largest difference {difference:.1e}")
-    worst = np.max(differences)  # NaN if one is
-    print(f"largest difference of all: {worst:.1e}")
-    sys.exit(not worst <= 1e-9)
+    finish(differences, 1e-9)
 
 
 if __name__ == "__main__":

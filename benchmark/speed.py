@@ -78,8 +78,19 @@ def peer(folder, device):
     import authors
 
     module, utils = authors.load(folder)
-    agent = authors.make_agent(module, folder, device)
-    buffer, log = authors.make_buffer(utils, folder, device), authors.Log()
+    agent, log = authors.make_agent(module, folder, device), authors.Log()
+    if authors.which(folder) == "slac/algo.py":
+        authors.fill_slac(agent, utils)
+
+        def update():
+            agent.update_latent(log)
+            agent.update_sac(log)
+
+        sizes = agent.batch_size_latent, agent.batch_size_sac
+        return {"sample": lambda: (agent.buffer.sample_latent(sizes[0]),
+                                   agent.buffer.sample_sac(sizes[1])),
+                "two updates": lambda: (update(), update())}
+    buffer = authors.make_buffer(utils, folder, device)
 
     def pair():
         agent.update(buffer, log, 1)

@@ -230,6 +230,8 @@ def test_similarity_init_and_parameter_count():
     group = agent.optimizers["contrastive"].param_groups[0]
     assert (group["lr"], group["betas"], group["eps"]) == (1e-3, (0.9, 0.999), 1e-8)
     assert group["weight_decay"] == 0
+    other = make_agent(encoder_lr=3e-4).optimizers["contrastive"].param_groups[0]
+    assert other["lr"] == 3e-4
     assert sum(p.numel() for p in group["params"]) == 1_990_518 + 2_500
     assert agent.encoder(torch.rand(2, 9, 84, 84)).shape == (2, 50)
 
