@@ -1121,7 +1121,7 @@ def main(args):
             if name not in FREE_ON_RESUME and was != getattr(args, name):
                 refuse(name, f"the run has {was}; for another value start a new run")
     else:
-        stamp = time.strftime("%Y%m%d-%H%M%S-") + f"{time.time_ns() // 10**6 % 1000:03d}"
+        stamp = time.strftime("%Y%m%d-%H%M%S-") + str(os.getpid())
         names = args.env_id, Path(__file__).stem, str(args.seed), stamp
         run_dir = Path(args.runs_dir, "__".join(names))
         try:
