@@ -138,7 +138,7 @@ class Args:
     init_temperature: float = 0.1  # first alpha (paper 0.1)
     actor_every_updates: int = 2  # actor and alpha move at every Nth update (paper 2)
     target_every_updates: int = 2  # target networks move at every Nth update (paper 2)
-    critic_tau: float = 0.01  # part of the way that the target Qs go then (paper 0.01)
+    critic_tau: float = 0.01  # part of the way that the target Qs go at a time (paper 0.01)
     encoder_tau: float = 0.05  # part of the way that the target encoder goes (paper 0.05)
     latent_weight: float = 1e-6  # of the penalty |z|^2 / 2 (paper 1e-6)
     decoder_weight_decay: float = 1e-7  # L2 on the decoder, inside Adam (paper 1e-7)
@@ -940,7 +940,8 @@ class Logger:
             self.columns = columns
             for name in [name for name in row if "/" in name]:
                 self.writer.add_scalar(name, row[name], row["frames"])
-        self.bar.set_postfix({k: f"{v:.0f}" for k, v in row.items() if k.endswith("return")})
+        shown = {k: f"{v:.0f}" for k, v in row.items() if k.endswith(("updates", "return"))}
+        self.bar.set_postfix(shown)
 
     def show(self, frames, images, video, fps):
         """Writes {name: uint8 (H, W, 3)} as PNG and to TensorBoard, and the video."""
@@ -1116,9 +1117,11 @@ def train(args, run_dir, interrupt, payload=None):
             elif agent.updates == 30 and began and args.device == "cpu":
                 left = wanted + args.updates_per_step * (total_steps - now["step"])
                 left = tqdm.format_interval(left * (time.monotonic() - began) / 20)
-                tqdm.write(f"on this CPU the updates alone take about {left}; see --smoke")
-            if agent.updates % 1000 == 0 and agent.updates < wanted:
-                log({})  # a long burst is seen to go on
+                tqdm.write(f"on this CPU the updates alone take at least {left}; see --smoke")
+            if agent.updates % 1000 == 0 and agent.updates < wanted:  # a long burst
+                log({})
+                with survive("checkpoint"):
+                    save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
         if interrupt.signal:
             break
 
@@ -1176,7 +1179,7 @@ def summary(args, now, updates):
 def play(args):
     """--evaluate: plays a checkpoint's agent and writes a video beside it."""
     payload, path = read_checkpoint(args.evaluate, "evaluate", args.device), Path(args.evaluate)
-    chosen = {k: getattr(args, k) for k in ("device", "eval_episodes", "video")}
+    chosen = {k: v for k, v in vars(args).items() if k in FREE_ON_RESUME}
     args = dataclasses.replace(make_args(payload["args"]), **chosen)
     env = make_env(args, 0, video_size=256)
     agent = Agent(args, env.spec)

@@ -31,10 +31,13 @@ D1  The actor's loss is taken at the last frame but one, as in the authors' code
 D2  The model steps first, on 32 sequences of its own, then the critic, then the actor. The
     authors' code takes all gradients at the old parameters, the model's on 32 of SAC's 256.
 D3  The temperature's loss uses the actor's sample of the action; theirs draws another.
-D4  A run begins with 10,000 frames of random actions and 50,000 updates of the model, as in the
-    paper's experiments; the public code has 10,000 steps and 100,000 updates.
+D4  Evaluation has an environment, a seed and random numbers of its own.
 D5  Convs pad evenly on both sides, TensorFlow's at the end: the same sizes.
 D6  The decoder's last layer is leaky too, as in the authors' code; the paper calls it linear.
+D7  A run begins with 10,000 frames of random actions and 50,000 updates of the model, as in the
+    paper's experiments; the public code has 10,000 steps and 100,000 updates.
+D8  The actor is feed-forward, as in both public codes; the paper's submission describes a recurrent
+    one for dm_control.
 """
 
 import contextlib
@@ -107,17 +110,17 @@ class Args:
     track: bool = False  # log to Weights & Biases too, if it is installed
     video: bool = True  # film the first episode of every evaluation
     # this algorithm
-    z1: Literal["stochastic", "deterministic"] = "stochastic"  # what images and priors decide on
+    z1: Literal["stochastic", "deterministic"] = "stochastic"  # what an image tells beyond the past
     z2: Literal["stochastic", "deterministic", "recurrent", "none"] = "stochastic"  # the memory
     temporal: bool = True  # p and q know the latent and action before; no: each image alone
     actor_input: Literal["history", "latent"] = "history"  # features and actions, or z
     critic_input: Literal["history", "latent"] = "latent"  # features and actions, or z
     model_batch_size: int = 32  # sequences per update of the model (paper 32)
     sac_batch_size: int = 256  # sequences per update of actor and critic (paper 256)
-    actions: int = 8  # in a sequence, which has one frame more (paper 8)
+    actions: int = 8  # of a sequence of one frame more; the actor's history has one less (paper 8)
     channels: tuple[int, ...] = (32, 64, 128, 256)  # one conv layer of stride 2 each (paper)
     feature_dim: int = 256  # size of what the encoder makes of an image (paper 256)
-    z1_dim: int = 32  # size of z1 (paper 32; 256 if it is alone)
+    z1_dim: int = 0  # size of z1 (0: the paper's 32, or 256 with --z2 none)
     z2_dim: int = 256  # size of z2 (paper 256)
     hidden_dim: int = 256  # width of the hidden layers (paper 256)
     decoder_variance: float = 0.1  # of a pixel in [0, 1] (paper 0.1, or tuned per task)
@@ -128,15 +131,15 @@ class Args:
     actor_lr: float = 3e-4  # Adam step on J(pi) (paper 3e-4)
     alpha_lr: float = 3e-4  # Adam step of log alpha (paper 3e-4)
     init_temperature: float = 1.0  # first alpha (paper 1)
-    critic_tau: float = 0.005  # part of the way that the target Qs go then (paper 0.005)
+    critic_tau: float = 0.005  # part of the way that the target Qs go at a time (paper 0.005)
     eval_policy: Literal["sample", "mean"] = "sample"  # actions of evaluations (paper: samples)
 
 
-
-MAY_BE_ZERO = {"action_repeat", "gamma", "pretrain_updates", "seed", "warmup_steps"}
+MAY_BE_ZERO = {"action_repeat", "gamma", "pretrain_updates", "seed", "warmup_steps", "z1_dim"}
 AT_MOST_ONE = {"critic_tau", "gamma"}
 FREE_ON_RESUME = {"checkpoint_every_frames", "device", "eval_episodes", "eval_every_frames",
-                  "resume", "runs_dir", "smoke", "total_frames", "track", "video"}  # fmt: skip
+                  "eval_policy", "resume", "runs_dir", "smoke", "total_frames", "track",
+                  "video"}  # fmt: skip
 
 
 def refuse(name, why):
@@ -216,12 +219,17 @@ def require_renderer():
 
 def check_algorithm(args):
     """The part of check_args that is this script's own."""
-    args.warmup_steps = args.warmup_steps or math.ceil(10_000 / args.action_repeat)  # D4
-    if args.image_size % 2 ** len(args.channels) or not args.channels:
+    args.warmup_steps = args.warmup_steps or math.ceil(10_000 / args.action_repeat)  # D7
+    if not args.channels:
+        refuse("channels", "there must be one conv layer at least")
+    if args.image_size % 2 ** len(args.channels):
         refuse("image_size", f"{args.image_size} cannot be halved {len(args.channels)} times, "
                "once for each of the --channels")  # fmt: skip
-    if args.z2 == "recurrent" and not args.temporal:
-        refuse("temporal", "a recurrent z2 needs it; drop --no-temporal")
+    if not 2 <= args.actions < min(args.warmup_steps, args.replay_capacity):
+        refuse("actions", f"{args.actions} is not between 2 and the --warmup-steps, "
+               f"{args.warmup_steps}, or the --replay-capacity")  # fmt: skip
+    if not args.temporal and (args.z1 == "deterministic" or args.z2 == "recurrent"):
+        refuse("temporal", "a recurrent z2 or a deterministic z1 needs it; drop --no-temporal")
 
 
 if __name__ == "__main__":  # up here, so that --help and a wrong flag need not wait for PyTorch
@@ -572,7 +580,8 @@ class LatentModel(nn.Module):
 
     def __init__(self, obs_shape, action_dim, args):
         super().__init__()
-        z1, z2 = args.z1_dim, 0 if args.z2 == "none" else args.z2_dim
+        alone = args.z2 == "none"
+        z1, z2 = args.z1_dim or (256 if alone else 32), 0 if alone else args.z2_dim
         self.z_dims, self.z_dim, self.temporal = (z1, z2), z1 + z2, args.temporal
         self.encoder = Encoder(obs_shape, args)
         self.decoder = Decoder(obs_shape, self.z_dim, args)
@@ -754,20 +763,23 @@ class Agent(nn.Module):
         return 0.5 / variance * error.sum() / len(z) + constant  # [SLAC J(M): x]
 
     def reward_loss(self, z, action, reward, is_first):
-        """- log p(r | z, a, z'), summed over time; what leads to a first frame was no step."""
+        """- log p(r | z, a, z'), summed over time; what leads to a first frame was no step. Also
+        gives the mean standard deviation, which may collapse where rewards are rare."""
         mean, std = self.model.reward(z[:, :-1], action[:, 1:], z[:, 1:])  # (B, T - 1, 1)
         nll = 0.5 * ((reward[:, 1:] - mean) / std).square() + std.log()
         nll = nll + 0.5 * math.log(2 * math.pi)
-        return (nll * ~is_first[:, 1:, None]).sum((1, 2)).mean()  # [SLAC J(M): r]
+        return (nll * ~is_first[:, 1:, None]).sum((1, 2)).mean(), std.mean()  # [SLAC J(M): r]
 
     def model_losses(self, obs, action, reward, discount, is_first):
-        """{name: scalar} of a batch of ReplayBuffer.sequences; their sum is the model's loss."""
+        """{name: scalar} of a batch of ReplayBuffer.sequences: the sum of them is the model's loss.
+        Also gives reward_loss's standard deviation."""
         images = preprocess(obs.flatten(0, 1))  # (B * T, C, H, W)
         features = self.model.encoder(images).unflatten(0, obs.shape[:2])
         noise = self.model.noise(*is_first.shape)
         z, q, p, started = self.model.filter(features, action, is_first, noise)
+        reward_loss, reward_std = self.reward_loss(z, action, reward, is_first)
         return {"loss/kl": self.kl_loss(q, p, started), "loss/image": self.image_loss(z, images),
-                "loss/reward": self.reward_loss(z, action, reward, is_first)}
+                "loss/reward": reward_loss}, reward_std
 
     def critic_loss(self, seen, action, reward, discount, next_seen, next_seen_by_actor):
         """Squared TD error of both Qs, from what the critic sees at both ends of a transition."""
@@ -803,8 +815,9 @@ class Agent(nn.Module):
     def update(self, batch):
         """One update from a batch of sample(); metrics as 0-d tensors."""
         optimizers, args = self.optimizers, self.args
-        metrics = self.model_losses(**batch["model"])
+        metrics, reward_std = self.model_losses(**batch["model"])
         minimize(sum(metrics.values()), optimizers["model"])  # D2
+        metrics["stat/reward_std"] = reward_std
         if "sac" in batch:
             obs, action, reward, discount, is_first = (
                 batch["sac"][k] for k in ("obs", "action", "reward", "discount", "is_first"))
@@ -827,10 +840,14 @@ class Agent(nn.Module):
     @torch.no_grad()  # for the eye
     def images(self, buffer, rng):
         """{name: uint8 (H, W, 3)}: a sequence over time; below it what the decoder makes of the
-        posterior, of the prior from the first frame on, and of the prior from nothing on."""
+        posterior, of the prior after the first frame, and of the prior after none, both given the
+        actions."""
         length = self.args.actions + 1
-        batch = buffer.sequences(rng, 1, length, length)
-        obs, action, is_first = batch["obs"], batch["action"], batch["is_first"]
+        if buffer.row < length:
+            return {}
+        batch = buffer.sequences(rng, 64, length, 2)
+        whole = batch["is_first"][:, 1:].sum(1).argmin()[None]  # crosses no episode, if one can
+        obs, action, is_first = (batch[k][whole] for k in ("obs", "action", "is_first"))
         noise = self.model.noise(1, length)
         z = self.model.filter(self.model.encode(obs), action, is_first, noise)[0]
         nothing = self.model.draw((0.0, 1.0), None, self.model.noise(1))  # z ~ p(z1) p(z2 | z1)
@@ -838,7 +855,7 @@ class Agent(nn.Module):
                                                                    noise[:, 1:])], 1)
                      for first in (z[:, 0], nothing))]  # fmt: skip
         decoded = self.model.decoder(torch.cat(rows).flatten(0, 1)).unflatten(0, (3, length))
-        decoded = (decoded * 255).clamp(0, 255).to(torch.uint8)
+        decoded = (decoded * 255).round().clamp(0, 255).to(torch.uint8)
         strip = torch.cat([obs, decoded])  # (4, T, C, H, W)
         return {"sequence": strip.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).cpu().numpy()}
 
@@ -933,7 +950,8 @@ class Logger:
             self.columns = columns
             for name in [name for name in row if "/" in name]:
                 self.writer.add_scalar(name, row[name], row["frames"])
-        self.bar.set_postfix({k: f"{v:.0f}" for k, v in row.items() if k.endswith("return")})
+        shown = {k: f"{v:.0f}" for k, v in row.items() if k.endswith(("updates", "return"))}
+        self.bar.set_postfix(shown)
 
     def show(self, frames, images, video, fps):
         """Writes {name: uint8 (H, W, 3)} as PNG and to TensorBoard, and the video."""
@@ -1109,9 +1127,11 @@ def train(args, run_dir, interrupt, payload=None):
             elif agent.updates == 30 and began and args.device == "cpu":
                 left = wanted + args.updates_per_step * (total_steps - now["step"])
                 left = tqdm.format_interval(left * (time.monotonic() - began) / 20)
-                tqdm.write(f"on this CPU the updates alone take about {left}; see --smoke")
-            if agent.updates % 1000 == 0 and agent.updates < wanted:
-                log({})  # a long burst is seen to go on
+                tqdm.write(f"on this CPU the updates alone take at least {left}; see --smoke")
+            if agent.updates % 1000 == 0 and agent.updates < wanted:  # a long burst
+                log({})
+                with survive("checkpoint"):
+                    save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
         if interrupt.signal:
             break
 
@@ -1169,7 +1189,7 @@ def summary(args, now, updates):
 def play(args):
     """--evaluate: plays a checkpoint's agent and writes a video beside it."""
     payload, path = read_checkpoint(args.evaluate, "evaluate", args.device), Path(args.evaluate)
-    chosen = {k: getattr(args, k) for k in ("device", "eval_episodes", "video")}
+    chosen = {k: v for k, v in vars(args).items() if k in FREE_ON_RESUME}
     args = dataclasses.replace(make_args(payload["args"]), **chosen)
     env = make_env(args, 0, video_size=256)
     agent = Agent(args, env.spec)

@@ -187,6 +187,7 @@ def slac(script, folder, args):
             differences.append(max((p - q).abs().max().item() for a, b in modules
                                    for p, q in zip(a.parameters(), b.parameters(), strict=True)))
             print(f"    parameters of {part:15} largest difference {differences[-1]:.1e}")
+        differences.append((ours.log_alpha - peer.log_alpha).abs().item())
     return differences
 
 

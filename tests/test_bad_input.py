@@ -34,7 +34,7 @@ BAD = [
     ("--eval-episodes 0", "--eval-episodes", "above zero"),
     ("--device cuda:77", "--device", "try auto"),
     ("--device quantum", "--device", "try auto"),
-    ("--total-frames 100000000 --image-size 1000 --render fast", "--replay-capacity", "at most"),
+    ("--total-frames 100000000 --image-size 1024 --render fast", "--replay-capacity", "at most"),
     ("--resume /nowhere", "--resume", "/nowhere"),
     ("--evaluate /nowhere", "--evaluate", "/nowhere"),
     ("--track", "--track", "pip install wandb"),
@@ -66,6 +66,19 @@ OWN = {
         ("--contrast-step joint --contrast discriminator", "--contrast-step", "add both"),
         ("--contrast-step joint --anneal lr", "--anneal", "use loss"),
         ("--contrast-weight 0", "--contrast-weight", "above zero"),
+    ],
+    "slac": [
+        ("--image-size 40", "--image-size", "cannot be halved 4 times"),
+        ("--channels", "--channels", "one conv layer"),
+        ("--channels 8 0", "--channels", "above zero"),
+        ("--z2 recurrent --no-temporal", "--temporal", "drop --no-temporal"),
+        ("--z1 deterministic --no-temporal", "--temporal", "drop --no-temporal"),
+        ("--warmup-steps 7", "--actions", "--warmup-steps"),
+        ("--actions 1", "--actions", "between 2"),
+        ("--actions 1500 --replay-capacity 1000", "--actions", "--replay-capacity"),
+        ("--gamma 1.5", "--gamma", "above 1"),
+        ("--decoder-variance 0", "--decoder-variance", "above zero"),
+        ("--total-frames 10000", "--total-frames", "--warmup-steps"),
     ],
 }
 

@@ -164,6 +164,17 @@ def test_stopped_anywhere_and_resumed_is_the_same_run(script, undisturbed, tmp_p
     assert metrics(reference) == metrics(run_dir)
 
 
+@pytest.mark.shared
+def test_a_long_burst_is_logged_every_1000_updates(script, tmp_path):
+    numbers, _ = train(script, tmp_path / "run", total_frames=1260, pretrain_updates=2100)
+    assert numbers["updates"] == 2102
+    rows = metrics(tmp_path / "run")
+    assert [(r["frames"], r["updates"]) for r in rows] == [
+        ("1000", "0"), ("1200", "1000"), ("1200", "2000"), ("1260", "2102")]
+    assert (tmp_path / "run" / "previous.pt").exists()  # it was saved on the way
+    assert all(r["loss/critic"] for r in rows[1:])
+
+
 def wait_for(path, process, seconds=120):
     end = time.monotonic() + seconds
     while not list(Path(path).glob("*/checkpoint.pt")):
