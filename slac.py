@@ -225,9 +225,8 @@ def check_algorithm(args):
     if args.image_size % 2 ** len(args.channels):
         refuse("image_size", f"{args.image_size} cannot be halved {len(args.channels)} times, "
                "once for each of the --channels")  # fmt: skip
-    if not 2 <= args.actions < min(args.warmup_steps, args.replay_capacity):
-        refuse("actions", f"{args.actions} is not between 2 and the --warmup-steps, "
-               f"{args.warmup_steps}, or the --replay-capacity")  # fmt: skip
+    if not 2 <= args.actions < min(args.warmup_steps, 1000):  # the replay buffer's least size
+        refuse("actions", f"{args.actions} is not at least 2 and below 1000 and the --warmup-steps")
     if not args.temporal and (args.z1 == "deterministic" or args.z2 == "recurrent"):
         refuse("temporal", "a recurrent z2 or a deterministic z1 needs it; drop --no-temporal")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["sac_ae.py", "sac_gaara.py", "slac.py", "dreamerv2.py", "pearl_pixels.py"]
-CAPS = {"sac_ae.py": 1146, "sac_gaara.py": 1245, "slac.py": 1255}  # lines
+CAPS = {"sac_ae.py": 1146, "sac_gaara.py": 1245, "slac.py": 1254}  # lines
 VARIES = {  # the same name, another text, on purpose: the reason
     "Args": "compared field by field: only defaults may differ",
     "SMOKE": "each algorithm learns from its own small configuration",
