@@ -776,9 +776,9 @@ class Agent(nn.Module):
         features = self.model.encoder(images).unflatten(0, obs.shape[:2])
         noise = self.model.noise(*is_first.shape)
         z, q, p, started = self.model.filter(features, action, is_first, noise)
-        reward_loss, reward_std = self.reward_loss(z, action, reward, is_first)
-        return {"loss/kl": self.kl_loss(q, p, started), "loss/image": self.image_loss(z, images),
-                "loss/reward": reward_loss}, reward_std
+        losses = {"loss/kl": self.kl_loss(q, p, started), "loss/image": self.image_loss(z, images)}
+        losses["loss/reward"], reward_std = self.reward_loss(z, action, reward, is_first)
+        return losses, reward_std
 
     def critic_loss(self, seen, action, reward, discount, next_seen, next_seen_by_actor):
         """Squared TD error of both Qs, from what the critic sees at both ends of a transition."""
