@@ -84,6 +84,19 @@ def summary(process):
     return json.loads(numbers)
 
 
+def sac_steps(script, agent, batch):
+    """SAC's part of an update of SAC+AE and SAC+GAARA in the published order, no pass shared."""
+    opt, columns = agent.optimizers, (batch["action"], batch["reward"], batch["discount"])
+    obs, next_obs = script.preprocess(batch["obs"]), script.preprocess(batch["next_obs"])
+    script.minimize(agent.critic_loss(obs, *columns, next_obs), opt["critic"])
+    loss, log_prob = agent.actor_loss(agent.encoder.convs(obs).detach())
+    script.minimize(loss, opt["actor"])
+    script.minimize(agent.alpha_loss(log_prob), opt["alpha"])
+    script.soft_update(agent.critic, agent.target_critic, 0.01)
+    script.soft_update(agent.encoder, agent.target_encoder, 0.05)
+    return obs
+
+
 def tiny_args(module, **changes):
     """The tiny run's Args, with changes."""
     import tyro

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import sac_steps
 from torch.distributions import Independent, Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
@@ -395,14 +396,7 @@ def test_update_is_the_five_losses_one_after_the_other():
     torch.manual_seed(5)
     ours.update(batch)
     torch.manual_seed(5)
-    obs, next_obs = script.preprocess(batch["obs"]), script.preprocess(batch["next_obs"])
-    columns = batch["action"], batch["reward"], batch["discount"]
-    script.minimize(plain.critic_loss(obs, *columns, next_obs), opt["critic"])
-    loss, log_prob = plain.actor_loss(plain.encoder.convs(obs).detach())
-    script.minimize(loss, opt["actor"])
-    script.minimize(plain.alpha_loss(log_prob), opt["alpha"])
-    script.soft_update(plain.critic, plain.target_critic, 0.01)
-    script.soft_update(plain.encoder, plain.target_encoder, 0.05)
+    obs = sac_steps(script, plain, batch)
     loss = plain.reconstruction_loss(plain.encoder.convs(obs), batch["obs"])
     script.minimize(loss, opt["encoder"], opt["decoder"])
     for (key, a), b in zip(ours.state_dict().items(), plain.state_dict().values(), strict=True):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_args
+from conftest import sac_steps, tiny_args
 from scipy import stats
 
 import sac_ae
@@ -470,14 +470,7 @@ def test_a_whole_run_without_contrast_is_sac_aes(tmp_path):
 def plain_update(agent, batch):
     """update() without shared passes, in the published order."""
     args, opt = agent.args, agent.optimizers
-    obs, next_obs = script.preprocess(batch["obs"]), script.preprocess(batch["next_obs"])
-    columns = batch["action"], batch["reward"], batch["discount"]
-    script.minimize(agent.critic_loss(obs, *columns, next_obs), opt["critic"])
-    loss, log_prob = agent.actor_loss(agent.encoder.convs(obs).detach())
-    script.minimize(loss, opt["actor"])
-    script.minimize(agent.alpha_loss(log_prob), opt["alpha"])
-    script.soft_update(agent.critic, agent.target_critic, 0.01)
-    script.soft_update(agent.encoder, agent.target_encoder, 0.05)
+    obs = sac_steps(script, agent, batch)
 
     def contrast():
         net = agent.encoder if args.positive_encoder == "online" else agent.target_encoder

@@ -7,12 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.distributions import (
-    Independent,
-    Normal,
-    TransformedDistribution,
-    kl_divergence,
-)
+from conftest import tiny_args
+from torch.distributions import Independent, Normal, TransformedDistribution, kl_divergence
 from torch.distributions.transforms import TanhTransform
 
 import slac as script
@@ -611,8 +607,6 @@ def test_the_burst_trains_the_model_alone_then_all_at_once():
 
 def test_the_schedule_of_a_run(tmp_path):
     """60 random steps, 10 updates of the model alone, then 3 joint updates per step."""
-    from conftest import tiny_args
-
     kinds, update = [], script.Agent.update
     try:
         script.Agent.update = lambda self, batch: (kinds.append("sac" in batch),
@@ -788,5 +782,14 @@ def test_the_readmes_variants_are_accepted():
     assert published(2, z2="none").model.z_dim == 256
 
 
-def test_an_evaluation_may_choose_its_policy():
-    assert "eval_policy" in script.FREE_ON_RESUME
+def test_an_evaluation_may_choose_its_policy(tmp_path, monkeypatch):
+    """--evaluate RUN_DIR --eval-policy mean plays the mean action of an agent trained without."""
+    args = tiny_args(script, total_frames=1300, eval_episodes=1)
+    script.train(args, tmp_path, type("Never", (), {"signal": 0}))
+    policies, act = set(), script.Agent.act
+    monkeypatch.setattr(script.Agent, "act", lambda self, *x, **y: (
+        policies.add(self.args.eval_policy), act(self, *x, **y))[1])
+    for policy in ("mean", "sample"):
+        policies.clear()
+        script.play(tiny_args(script, evaluate=str(tmp_path), eval_policy=policy, eval_episodes=1))
+        assert policies == {policy}
