@@ -6,6 +6,7 @@ python tests/test_shared.py --fix sac_ae.py    gives that script's text to the o
 import ast
 import collections
 import difflib
+import json
 import re
 import sys
 from pathlib import Path
@@ -195,6 +196,22 @@ def test_every_loss_line_names_its_equation():
     for name in existing():
         tags = re.findall(r"\[([A-Z][\w+]*) [^\]\n]+\]", (ROOT / name).read_text())
         assert len(tags) >= 5
+
+
+def test_the_readmes_table_is_what_the_files_say():
+    """Lines of the file, lines of the algorithm, and the recorded smoke runs of seeds 1, 2, 3."""
+    readme = (ROOT / "README.md").read_text()
+    for name in existing():
+        lines = (ROOT / name).read_text().splitlines()
+        helpers, evaluate = (next(i for i, line in enumerate(lines) if line.startswith(section))
+                             for section in ("# ---- helpers", "# ---- evaluate"))
+        meta = ROOT / "benchmark" / "results" / "smoke" / Path(name).stem / "meta.json"
+        runs = json.loads(meta.read_text())["runs"]
+        returns = ", ".join(f"{run['eval_return']:.0f}" for run in runs)
+        random = ", ".join(f"{run['random_return']:.1f}" for run in runs)
+        assert [run["seed"] for run in runs] == [1, 2, 3]
+        cells = f"| {len(lines)} ({evaluate - helpers}) | {runs[0]['env_id']} {returns} ({random})"
+        assert re.search(rf"\[`{name}`\].*" + re.escape(cells), readme), cells
 
 
 if __name__ == "__main__":
