@@ -107,7 +107,7 @@ class Args:
     warmup_steps: int = 1000  # uniformly random steps before the first update (paper 1000)
     pretrain_updates: int = 1000  # updates at the end of the warm-up (authors' code 1000)
     updates_per_step: float = 1.0  # updates per step from then on (paper 1)
-    batch_size: int = 128  # transitions per update (paper 128)
+    batch_size: int = 128  # samples per update (transitions; paper 128)
     eval_every_frames: int = 20_000  # distance between evaluations [frames]
     eval_episodes: int = 10  # episodes per evaluation (paper 10)
     checkpoint_every_frames: int = 100_000  # at the first episode end after so many [frames]
@@ -129,7 +129,7 @@ class Args:
     latent_dim: int = 50  # size of z (paper 50)
     hidden_dim: int = 1024  # width of the hidden layers (paper 1024)
     gamma: float = 0.99  # discount per step (paper 0.99)
-    critic_lr: float = 1e-3  # Adam step on J(Q) (paper 1e-3)
+    critic_lr: float = 1e-3  # Adam step of the critic (paper 1e-3)
     actor_lr: float = 1e-3  # Adam step on J(pi) (paper 1e-3)
     alpha_lr: float = 1e-4  # Adam step of log alpha (paper 1e-4)
     encoder_lr: float = 1e-3  # Adam step of the encoder on losses other than J(Q) (paper 1e-3)
@@ -1054,6 +1054,12 @@ def replay_rows(args):
     return min(args.replay_capacity, rows)
 
 
+def updates_due(args, step):
+    """Updates that belong before the action of this step: the cadence, without memory."""
+    since = step - args.warmup_steps
+    return args.pretrain_updates + int(args.updates_per_step * since) if since >= 0 else 0
+
+
 class Interrupt:
     """Ctrl-C or SIGTERM sets `signal`; the loop stops with a checkpoint. A second one kills."""
 
@@ -1108,15 +1114,14 @@ def train(args, run_dir, interrupt, payload=None):
             now["action"], now["carry"] = agent.act(step, now["carry"], explore=True)
             if now["step"] < args.warmup_steps:  # above, only the carry counted
                 now["action"] = random_action()
-        since = now["step"] - args.warmup_steps
-        wanted = args.pretrain_updates + int(args.updates_per_step * since) if since >= 0 else 0
+        wanted = updates_due(args, now["step"])
         while agent.updates < wanted and not interrupt.signal:
             now["metrics"] |= agent.update(agent.sample(buffer, rng))
             if agent.updates == 10:
                 began = time.monotonic()
             elif agent.updates == 30 and began and args.device == "cpu":
-                left = wanted + args.updates_per_step * (total_steps - now["step"])
-                left = tqdm.format_interval(left * (time.monotonic() - began) / 20)
+                left = updates_due(args, total_steps) * (time.monotonic() - began) / 20
+                left = tqdm.format_interval(left)
                 tqdm.write(f"on this CPU the updates alone take at least {left}; see --smoke")
             if agent.updates % 1000 == 0 and agent.updates < wanted:  # a long burst
                 log({})

@@ -127,7 +127,7 @@ class Args:
     reward_std_floor: float = 1e-5  # least standard deviation of a predicted reward (code 1e-5)
     gamma: float = 0.99  # discount per step (paper 0.99)
     model_lr: float = 1e-4  # Adam step on J(M) (paper 1e-4)
-    critic_lr: float = 3e-4  # Adam step on J(Q) (paper 3e-4)
+    critic_lr: float = 3e-4  # Adam step of the critic (paper 3e-4)
     actor_lr: float = 3e-4  # Adam step on J(pi) (paper 3e-4)
     alpha_lr: float = 3e-4  # Adam step of log alpha (paper 3e-4)
     init_temperature: float = 1.0  # first alpha (paper 1)
@@ -1063,6 +1063,12 @@ def replay_rows(args):
     return min(args.replay_capacity, rows)
 
 
+def updates_due(args, step):
+    """Updates that belong before the action of this step: the cadence, without memory."""
+    since = step - args.warmup_steps
+    return args.pretrain_updates + int(args.updates_per_step * since) if since >= 0 else 0
+
+
 class Interrupt:
     """Ctrl-C or SIGTERM sets `signal`; the loop stops with a checkpoint. A second one kills."""
 
@@ -1117,15 +1123,14 @@ def train(args, run_dir, interrupt, payload=None):
             now["action"], now["carry"] = agent.act(step, now["carry"], explore=True)
             if now["step"] < args.warmup_steps:  # above, only the carry counted
                 now["action"] = random_action()
-        since = now["step"] - args.warmup_steps
-        wanted = args.pretrain_updates + int(args.updates_per_step * since) if since >= 0 else 0
+        wanted = updates_due(args, now["step"])
         while agent.updates < wanted and not interrupt.signal:
             now["metrics"] |= agent.update(agent.sample(buffer, rng))
             if agent.updates == 10:
                 began = time.monotonic()
             elif agent.updates == 30 and began and args.device == "cpu":
-                left = wanted + args.updates_per_step * (total_steps - now["step"])
-                left = tqdm.format_interval(left * (time.monotonic() - began) / 20)
+                left = updates_due(args, total_steps) * (time.monotonic() - began) / 20
+                left = tqdm.format_interval(left)
                 tqdm.write(f"on this CPU the updates alone take at least {left}; see --smoke")
             if agent.updates % 1000 == 0 and agent.updates < wanted:  # a long burst
                 log({})

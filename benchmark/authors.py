@@ -5,9 +5,11 @@
     github.com/MishaLaskin/curl              beside sac_gaara.py --reconstruction none ...
     github.com/toshikwa/slac.pytorch         beside slac.py; not the authors' (theirs is TensorFlow
                                              1.15 and cannot be installed any more)
+    github.com/jsikyoon/dreamer-torch        beside dreamerv2.py; not the authors' (TensorFlow too)
 """
 
 import importlib
+import importlib.util
 import sys
 import types
 from pathlib import Path
@@ -21,6 +23,7 @@ PEERS = {  # file in the checkout: (our script, their class, side of the images 
     "curl_sac.py": ("sac_gaara", "CurlSacAgent", 100),
     "sac_ae.py": ("sac_ae", "SacAeAgent", 84),
     "slac/algo.py": ("slac", "SlacAlgorithm", 64),
+    "dreamer.py": ("dreamerv2", None, 64),
 }
 ARGUMENTS = {  # of their train.py
     "hidden_dim": 1024, "discount": 0.99, "init_temperature": 0.1, "alpha_lr": 1e-4,
@@ -29,6 +32,25 @@ ARGUMENTS = {  # of their train.py
     "critic_tau": 0.01, "critic_target_update_freq": 2, "encoder_type": "pixel",
     "encoder_feature_dim": 50, "encoder_lr": 1e-3, "encoder_tau": 0.05, "num_layers": 4,
     "num_filters": 32,
+}
+DREAMER = {  # their configs.yaml, with the networks of dreamerv2's dmc_vision
+    "dyn_cell": "gru_layer_norm", "dyn_hidden": 200, "dyn_deter": 200, "dyn_stoch": 32,
+    "dyn_discrete": 32, "dyn_input_layers": 1, "dyn_output_layers": 1, "dyn_rec_depth": 1,
+    "dyn_shared": False, "dyn_mean_act": "none", "dyn_std_act": "sigmoid2", "dyn_min_std": 0.1,
+    "dyn_temp_post": True, "grad_heads": ["image", "reward"], "units": 400, "reward_layers": 4,
+    "value_layers": 4, "actor_layers": 4, "act": torch.nn.ELU, "cnn_depth": 48,
+    "encoder_kernels": [4, 4, 4, 4], "decoder_kernels": [5, 5, 6, 6], "decoder_thin": True,
+    "value_head": "normal", "kl_scale": "1.0", "kl_balance": "0.8", "kl_free": "1.0",
+    "kl_forward": False, "pred_discount": False, "discount_scale": 1.0, "reward_scale": 1.0,
+    "weight_decay": 1e-6, "model_lr": 3e-4, "value_lr": 8e-5, "actor_lr": 8e-5, "opt_eps": 1e-5,
+    "grad_clip": 100, "value_grad_clip": 100, "actor_grad_clip": 100, "slow_value_target": True,
+    "slow_actor_target": True, "slow_target_update": 100, "slow_target_fraction": 1, "opt": "adam",
+    "discount": 0.99, "discount_lambda": 0.95, "imag_horizon": 15, "imag_gradient": "dynamics",
+    "imag_sample": True, "actor_dist": "trunc_normal", "actor_entropy": lambda: 1e-4,
+    "actor_state_entropy": lambda: 0.0, "actor_init_std": 1.0, "actor_min_std": 0.1,
+    "actor_temp": 0.1, "actor_outscale": 0.0, "value_decay": 0.0, "future_entropy": False,
+    "precision": 32, "grayscale": False, "size": (64, 64), "clip_rewards": "identity",
+    "num_actions": ACTION_DIM,
 }
 DECODER = {"decoder_type": "pixel", "decoder_lr": 1e-3, "decoder_update_freq": 1,
            "decoder_latent_lambda": 1e-6, "decoder_weight_lambda": 1e-7}
@@ -60,6 +82,11 @@ def load(folder):
     sys.path.insert(0, str(folder))
     if name == "slac/algo.py":
         return importlib.import_module("slac.algo"), importlib.import_module("slac.buffer")
+    if name == "dreamer.py":
+        for stub in ("PIL", "PIL.Image"):  # for pictures
+            if not importlib.util.find_spec("PIL"):
+                sys.modules[stub] = types.ModuleType(stub)
+        return importlib.import_module("models"), importlib.import_module("tools")
     return importlib.import_module(Path(name).stem), importlib.import_module("utils")
 
 
@@ -68,6 +95,10 @@ def make_agent(module, folder, device, contrast_weight=1.0):
     name, extra = which(folder), {}
     if name == "slac/algo.py":
         return module.SlacAlgorithm((3, 64, 64), (ACTION_DIM,), 4, torch.device(device), seed=0)
+    if name == "dreamer.py":
+        config = types.SimpleNamespace(**DREAMER, device=device)
+        model = module.WorldModel(0, config).to(device)
+        return model, module.ImagBehavior(config, model).to(device)
     if name != "curl_sac.py":
         extra |= DECODER
     if name == "sac_cae.py":
@@ -85,6 +116,16 @@ def make_buffer(utils, folder, device):
         obs = rng.integers(0, 256, shape, dtype=np.uint8)
         buffer.add(obs, rng.uniform(-1, 1, ACTION_DIM), rng.random(), obs, False)
     return buffer
+
+
+def dreamer_batch(seed):
+    """Images uint8 (16, 50, 64, 64, 3), actions (16, 50, A), the first of each sequence zero, and
+    rewards (16, 50), as their preprocess takes them."""
+    rng = np.random.default_rng(seed)
+    images = rng.integers(0, 256, (16, 50, 8, 8, 3), dtype=np.uint8).repeat(8, 2).repeat(8, 3)
+    action = np.float32(rng.uniform(-1, 1, (16, 50, ACTION_DIM)))
+    action[:, 0] = 0
+    return {"image": images, "action": action, "reward": np.float32(rng.uniform(0, 2, (16, 50)))}
 
 
 def fill_slac(agent, buffers):

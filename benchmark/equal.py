@@ -10,6 +10,7 @@ the same losses and the same parameters after every update.
     python benchmark/equal.py curl --reconstruction none --no-latent-tanh --contrast-floor 1 \
         --obs-crop random
     python benchmark/equal.py slac.pytorch    # see slac_differences() for what is levelled first
+    python benchmark/equal.py dreamer-torch   # the model's updates, imagined states, returns
 
 In double precision, as single precision lets Adam's first steps, which divide a gradient by its own
 size, turn rounding errors of gradients near zero into steps. Exit status 1 above 1e-9 (slac: 1e-5,
@@ -191,6 +192,108 @@ def slac(script, folder, args):
     return differences
 
 
+def dreamer_pairs(ours, model, behavior):
+    """{part: [(our module, their module)]}, as pairs()."""
+    a, b = ours.rssm, model.dynamics
+    nets = {"encoder": (ours.encoder.net, model.encoder.layers),
+            "decoder": (ours.decoder.net[1:], model.heads["image"]._cnnt_layers),
+            "reward": (ours.reward, model.heads["reward"]._mean_layers),
+            "target critic": (ours.target_critic, behavior._slow_value._mean_layers)}
+    out = {name: list(zip(*([m for m in net if hasattr(m, "weight")] for net in both),
+                          strict=True)) for name, both in nets.items()}
+    out["decoder"].append((ours.decoder.net[0], model.heads["image"]._linear_layer))
+    out["RSSM"] = [(a.gru_in, b._inp_layers[0]), (a.gru, b._cell._layer),
+                   (a.gru_norm, b._cell._norm), (a.prior_in, b._img_out_layers[0]),
+                   (a.prior_out, b._ims_stat_layer), (a.post_in, b._obs_out_layers[0]),
+                   (a.post_out, b._obs_stat_layer)]
+    return out
+
+
+def dreamer(script, folder, args):
+    """Prints and gives the differences of dreamerv2.py and dreamer-torch: two updates of the model,
+    then imagined states and their returns. Its LayerNorm's epsilon is levelled, and the decay of
+    weights: theirs never acts, as clipping has used up the generator of parameters. Its returns
+    come out last one first; they are turned here. Its actor is an unbounded normal and learns from
+    the returns one step before; it is left out."""
+    args.weight_decay = args.free_nats = 0.0  # no free nats, so that the KL has a gradient
+    module, tools = authors.load(folder)
+    torch.set_default_dtype(torch.float64)
+    model, behavior = authors.make_agent(module, folder, "cpu")
+    model.dynamics._cell._norm.eps, model._config.kl_free = 1e-3, "0.0"
+    ours = script.Agent(args, script.EnvSpec((3, 64, 64), torch.uint8, authors.ACTION_DIM))
+    parts = dreamer_pairs(ours, model, behavior)
+    for modules in parts.values():
+        for a, b in modules:
+            a.load_state_dict(b.state_dict())
+    script.preprocess = lambda obs: obs.double() / 255
+    queue, differences = [], []
+    tools.OneHotDist.sample = lambda self, *_: script.one_hot_sample(
+        self.logits, queue.pop(0)).unflatten(-1, self.logits.shape[-2:])
+
+    def show(key, one, two, scale=1.0):
+        differences.append((one - two).abs().max().item() / scale)
+        print(f"    {key:28}{one.double().mean().item():20.10f} {two.double().mean().item():20.10f}"
+              f"   difference {differences[-1]:.1e}")
+
+    for update in range(2):
+        data = authors.dreamer_batch(update)
+        uniform = torch.as_tensor(np.random.default_rng(update).random((16, 50, 32, 32)))
+        queue += [x for t in range(50) for x in (uniform[:, t], uniform[:, t])]  # prior, posterior
+        model.preprocess = lambda data: {
+            "image": torch.as_tensor(data["image"]).double() / 255 - 0.5,
+            "action": torch.as_tensor(data["action"]).double(),
+            "reward": torch.as_tensor(data["reward"]).double()[..., None]}
+        start, _, logged = model._train(data)
+        assert not queue
+        obs = torch.as_tensor(data["image"]).permute(0, 1, 4, 2, 3)
+        is_first = torch.zeros(16, 50, dtype=torch.bool)
+        is_first[:, 0] = True
+        batch = {"obs": obs, "action": torch.as_tensor(data["action"]).double(),
+                 "reward": torch.as_tensor(data["reward"]).double()[..., None],
+                 "is_first": is_first, "discount": torch.ones(16, 50, 1)}
+        ours.rssm.noise = lambda *shape, u=uniform: u if shape == (16, 50) else torch.rand(
+            *shape, 32, 32)
+        states, observe = [], ours.rssm.observe
+        ours.rssm.observe = lambda *x, f=observe, s=states: (s.append(f(*x)), s[-1])[1]
+        metrics = ours.update(batch)
+        ours.rssm.observe = observe
+        print(f"update {update + 1}")
+        for key in ("image", "reward"):
+            show(f"loss/{key}", metrics[f"loss/{key}"], torch.as_tensor(logged[f"{key}_loss"]),
+                 scale=max(1.0, abs(float(logged[f"{key}_loss"]))))
+        show("KL", metrics["stat/kl"], torch.as_tensor(logged["kl"]))
+        show("posterior's logits", states[0][2], start["logit"])
+        show("recurrent state", states[0][1], start["deter"])
+        for part, modules in parts.items():
+            if part != "target critic":
+                show(f"parameters of {part}", *(torch.cat([p.flatten() for m in side
+                                                          for p in m.parameters()])
+                                                for side in zip(*modules, strict=True)))
+    z, h = states[0][0].detach().flatten(0, 1), states[0][1].detach().flatten(0, 1)
+    their = {"stoch": z.unflatten(-1, (32, 32)), "deter": h}
+    features = [torch.cat([z, h], -1)]
+    print("imagined by the same actions")
+    for t in range(15):
+        rng = np.random.default_rng(t)
+        action = torch.as_tensor(rng.uniform(-1, 1, (800, authors.ACTION_DIM)))
+        uniform = torch.as_tensor(rng.random((800, 32, 32)))
+        queue.append(uniform)
+        with torch.no_grad():
+            their = model.dynamics.img_step(their, action)
+            z, h = ours.rssm.imagine(z, h, action, uniform)
+        features.append(torch.cat([z, h], -1))
+    show("states after 15 steps", features[-1], model.dynamics.get_feat(their))
+    features = torch.stack(features)
+    for a, b in parts["target critic"]:
+        b.load_state_dict(a.state_dict())
+    reward = model.heads["reward"](features).mode()
+    targets, weights = behavior._compute_target(features, None, None, reward, None, None, True)
+    discount, our_weights = ours.discounts(features, torch.ones(800))
+    show("weights", our_weights, weights[..., 0])
+    show("returns", ours.returns(features, discount), torch.stack(targets, 1)[..., 0].flip(0))
+    return differences
+
+
 def noise(draw, counter):
     """Stands in for torch.randn_like and rand_like: the nth call gives the nth noise."""
     def like(x, dtype=None):
@@ -216,6 +319,8 @@ def main():
     args = tyro.cli(script.Args, args=["--device", "cpu", *flags, "--pretrain-updates", burst])
     if name == "slac":
         finish(slac(script, folder, args), 1e-5)
+    if name == "dreamerv2":
+        finish(dreamer(script, folder, args), 1e-9)
     module, utils = authors.load(folder)
     if hasattr(utils, "preprocess_obs"):  # it insists on float32
         original = utils.preprocess_obs

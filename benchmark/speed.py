@@ -90,6 +90,14 @@ def peer(folder, device):
         return {"sample": lambda: (agent.buffer.sample_latent(sizes[0]),
                                    agent.buffer.sample_sac(sizes[1])),
                 "two updates": lambda: (update(), update())}
+    if authors.which(folder) == "dreamer.py":
+        (model, behavior), batch = agent, authors.dreamer_batch(0)
+
+        def learn():
+            start = model._train(batch)[0]
+            behavior._train(start, lambda f, *_: model.heads["reward"](f).mode())
+
+        return {"two updates": lambda: (learn(), learn())}
     buffer = authors.make_buffer(utils, folder, device)
 
     def pair():

@@ -27,6 +27,9 @@ TINY = {
     "sac_gaara": EVERY + SMALL + "--crop-size 20",
     "slac": EVERY + "--image-size 16 --model-batch-size 2 --sac-batch-size 4 --channels 4 8 "
     "--actions 3 --feature-dim 8 --z1-dim 4 --z2-dim 8 --hidden-dim 16",
+    "dreamerv2": EVERY + "--image-size 13 --decoder-kernels 5 5 --updates-per-step 1 "
+    "--batch-size 2 --sequence-length 6 --depth 4 --categoricals 3 --classes 4 --deter-dim 8 "
+    "--hidden-dim 8 --head-dim 8 --head-layers 2 --horizon 3 --free-nats 0",
 }
 
 

@@ -80,6 +80,23 @@ OWN = {
         ("--decoder-variance 0", "--decoder-variance", "above zero"),
         ("--total-frames 10000", "--total-frames", "--warmup-steps"),
     ],
+    "dreamerv2": [
+        ("--image-size 84", "--image-size", "use 64"),
+        ("--decoder-kernels 5 5", "--image-size", "use 13"),
+        ("--decoder-kernels", "--decoder-kernels", "two conv layers"),
+        ("--decoder-kernels 64", "--decoder-kernels", "two conv layers"),
+        ("--decoder-kernels 3 3 --image-size 7", "--decoder-kernels", "image of 7"),
+        ("--decoder-kernels 5 0", "--decoder-kernels", "above zero"),
+        ("--sequence-length 1", "--sequence-length", "between 2 and 501"),
+        ("--sequence-length 502", "--sequence-length", "between 2 and 501"),
+        ("--warmup-steps 20", "--sequence-length", "between 2 and 21"),
+        ("--horizon 1", "--horizon", "at least 2"),
+        ("--spr-weight 1 --spr-steps 50", "--spr-steps", "--sequence-length"),
+        ("--mask-ratio 1.1", "--mask-ratio", "above 1"),
+        ("--reset-alpha 2", "--reset-alpha", "above 1"),
+        ("--kl-balance 1.2", "--kl-balance", "above 1"),
+        ("--reset policy", "--reset", "actor-critic"),
+    ],
 }
 
 

@@ -1,0 +1,1362 @@
+# /// script
+# requires-python = ">=3.10,<3.13"
+# dependencies = [
+#     "torch>=2.10,<2.14", "numpy>=2,<2.6", "dm_control==1.0.50", "mujoco>=3.17,<4", "tyro>=1,<2",
+#     "tensorboard>=2.20,<3", "imageio>=2.37,<3", "tqdm>=4.66,<5", "pytest>=8",
+# ]
+# ///
+"""DreamerV2 for continuous control: actor and critic learn in the imagination of a learned model.
+
+Hafner et al. 2021, Mastering Atari with Discrete World Models, https://arxiv.org/abs/2010.02193;
+the authors' code: https://github.com/danijar/dreamerv2, here its dmc_vision configuration.
+The switches for data efficiency follow Bednarz's study of DreamerV2.
+
+    images --> encoder --> e --+--> q(z | h, e) --> z        J(M): image, reward, KL(q || p)
+                               |                             trains encoder, RSSM, decoder, reward
+        h' = GRU(h, z, a) -----+--> p(z | h)
+    z, h --> decoder, reward
+    z, h -x-> actor --> a --> h' --> z' ~ p --x-> actor ...  15 steps, imagined from every z, h
+        J(pi) trains the actor, through the model; J(v) trains the critic; x: no gradient
+
+    python dreamerv2.py --smoke                  # a visible result in minutes on a laptop
+    python dreamerv2.py --env-id walker-walk     # the published hyperparameters
+    python dreamerv2.py --evaluate RUN_DIR       # play a trained agent and film it
+
+Shapes: B batch, T time, N states, H imagined steps, C H W image, E embedding of an image, S
+categoricals of K classes (Z = S K numbers, one-hot: z), D recurrent state h, F = Z + D, A action.
+Units: frame = one control step of the task; step = one decision, held for action_repeat frames;
+update = one gradient update on one batch. Row t of a sequence holds the action that led to it and
+the reward that came with it.
+
+Differences from the paper and the authors' code
+D1  The paper trains on Atari; for control its authors' public configuration is followed, which has
+    smaller networks, dynamics backpropagation alone and 16 sequences of 50. What produced the
+    published curves of the suite is not pinned in their code.
+D2  Sequences come from the running episode too, and every possible start is as likely as every
+    other. Theirs draws an ended episode first.
+D3  The truncated normal's inverse CDF is kept within [1e-6, 1 - 1e-6]. Theirs gives NaN beyond.
+D4  Evaluation has an environment, a seed and random numbers of its own, and ten episodes; theirs
+    plays one.
+D5  Everything is float32, theirs float16 in parts. Adam adds its epsilon after bias correction.
+D6  One policy step at a time: the recurrent state starts from zero where an episode starts, as
+    theirs, and after a reset of weights, which theirs lacks.
+"""
+
+import contextlib
+import copy
+import csv
+import ctypes
+import dataclasses
+import difflib
+import functools
+import importlib.util
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import tyro
+
+if sys.platform == "linux":
+    if not os.environ.get("DISPLAY"):  # dm_control would choose GLFW, which needs a screen
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    # glibc would map the memory of every large tensor anew; keeping it is up to 1.6 times as fast
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
+
+# ---- Args --------------------------------------------------------------------------------------
+
+ACTION_REPEAT = {}  # the authors': 2 for every task
+SMOKE = {
+    "env_id": "cheetah-run", "action_repeat": 4, "total_frames": 32_000, "image_size": 32,
+    "render": "fast", "updates_per_step": 0.5, "batch_size": 12, "sequence_length": 12,
+    "decoder_kernels": (5, 6, 6), "depth": 8, "categoricals": 8, "classes": 8, "deter_dim": 64,
+    "hidden_dim": 64, "head_dim": 64, "head_layers": 2, "horizon": 8, "gamma": 0.98,
+    "entropy_weight": 3e-3, "model_lr": 1e-3, "actor_lr": 3e-4, "critic_lr": 4e-4,
+    "eval_every_frames": 8000, "checkpoint_every_frames": 8000,
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Args:
+    # every script
+    env_id: str = "cheetah-run"  # <domain>-<task> of the dm_control suite
+    seed: int = 1  # of environment, networks and sampling; evaluation has its own
+    total_frames: int = 2_000_000  # length of the run [frames]
+    action_repeat: int = 0  # frames per step; 0: the published value for the task
+    image_size: int = 64  # side of the square image [pixels]
+    render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there, else mps, else cpu
+    replay_capacity: int = 2_000_000  # rows, one per step and episode start, or the run's if less
+    warmup_steps: int = 1000  # uniformly random steps before the first update (code 1000)
+    pretrain_updates: int = 100  # updates at the end of the warm-up (code 100)
+    updates_per_step: float = 0.2  # updates per step from then on (code 0.2)
+    batch_size: int = 16  # samples per update (sequences; code 16, paper 50)
+    eval_every_frames: int = 20_000  # distance between evaluations [frames]
+    eval_episodes: int = 10  # episodes per evaluation (code 1)
+    checkpoint_every_frames: int = 100_000  # at the first episode end after so many [frames]
+    runs_dir: str = "runs"  # where the run's folder is made
+    resume: str = ""  # run folder to go on with; its arguments become the defaults
+    evaluate: str = ""  # run folder or checkpoint to play and film instead of training
+    smoke: bool = False  # small images and networks that learn visibly in minutes on two CPU cores
+    track: bool = False  # log to Weights & Biases too, if it is installed
+    video: bool = True  # film the first episode of every evaluation
+    # this algorithm
+    sequence_length: int = 50  # frames per sequence (code 50)
+    depth: int = 48  # channels of the first conv layer; each next has twice as many (code 48)
+    decoder_kernels: tuple[int, ...] = (5, 5, 6, 6)  # one conv layer of stride 2 each (code)
+    categoricals: int = 32  # in z (paper 32)
+    classes: int = 32  # of each categorical (paper 32)
+    deter_dim: int = 200  # size of h (code 200)
+    hidden_dim: int = 200  # width of the hidden layers (code 200)
+    head_dim: int = 400  # width of reward head, actor and critic (paper 400)
+    head_layers: int = 4  # hidden layers of reward head, actor and critic (paper 4)
+    horizon: int = 15  # imagined steps (paper 15)
+    gamma: float = 0.99  # discount per step (code 0.99)
+    return_lambda: float = 0.95  # of the lambda returns (paper 0.95)
+    kl_scale: float = 1.0  # weight of the KL (paper 1)
+    kl_balance: float = 0.8  # share of the KL that trains the prior (paper 0.8)
+    free_nats: float = 1.0  # mean KL below which it has no gradient (code 1)
+    entropy_weight: float = 1e-4  # of the actor's entropy in J(pi) (paper 1e-4)
+    discount_head: bool = False  # learn when an episode ends for good; no task here does
+    model_lr: float = 3e-4  # Adam step on J(M) (code 3e-4)
+    actor_lr: float = 8e-5  # Adam step on J(pi) (paper 8e-5)
+    critic_lr: float = 8e-5  # Adam step of the critic (code 8e-5)
+    weight_decay: float = 1e-6  # what weights lose per update, at any learning rate (paper 1e-6)
+    target_every_updates: int = 100  # target networks move at every Nth update (paper 100)
+    # data efficiency, all off
+    model_every_updates: int = 1  # the model moves at every Nth update
+    behavior_every_updates: int = 1  # actor and critic move at every Nth update
+    reset: Literal["none", "transition", "actor-critic", "all"] = "none"  # weights made fresh
+    reset_every_updates: int = 25_000  # distance between resets, without the catch-up updates
+    reset_alpha: float = 0.8  # part of the way to fresh weights that a reset goes
+    catch_up_updates: int = 1000  # extra updates after each reset
+    shift: int = 0  # augmentation: largest random shift, one per sequence [pixels]
+    target_shift: int = 4  # the same for what the target encoder sees [pixels]
+    encoder_tau: float = 0.05  # part of the way that the target encoder goes (CURL 0.05)
+    infonce_weight: float = 0.0  # of InfoNCE between encoder and target encoder
+    spr_weight: float = 0.0  # of predicting the target encoder's embeddings (SPR)
+    spr_steps: int = 5  # how far ahead (SPR 5)
+    mask_ratio: float = 0.0  # of feature map cells hidden in a second reconstruction; 0: none
+
+
+MAY_BE_ZERO = {"action_repeat", "catch_up_updates", "infonce_weight", "entropy_weight",
+               "free_nats", "gamma", "kl_balance", "kl_scale", "mask_ratio", "pretrain_updates",
+               "return_lambda", "seed", "shift", "spr_weight", "target_shift",
+               "weight_decay"}  # fmt: skip
+AT_MOST_ONE = {"encoder_tau", "gamma", "kl_balance", "mask_ratio", "reset_alpha", "return_lambda"}
+FREE_ON_RESUME = {"checkpoint_every_frames", "device", "eval_episodes", "eval_every_frames",
+                  "resume", "runs_dir", "smoke", "total_frames", "track", "video"}  # fmt: skip
+
+
+def refuse(name, why):
+    """Bad usage: one line that names the flag (or variable) and the remedy; exit status 2."""
+    flag = name if name.isupper() else "--" + name.replace("_", "-")
+    print(f"error: {flag}: {' '.join(str(why).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def make_args(values):
+    """Args from JSON or a checkpoint, where tuples may have become lists."""
+    return Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def parse_args():
+    """Args from the command line, over the defaults of a smoke run or of the run to resume."""
+    args = tyro.cli(Args, description=__doc__.splitlines()[0])
+    if args.resume:
+        try:
+            was = make_args(json.loads(Path(args.resume, "args.json").read_text()))
+        except (OSError, ValueError, TypeError) as e:
+            refuse("resume", f"{args.resume} is not a run folder of this script ({e})")
+        args = tyro.cli(Args, default=was)
+    elif args.smoke:
+        args = tyro.cli(Args, default=Args(**SMOKE))
+    check_args(args)
+    return args
+
+
+def check_args(args):
+    """Refuses what cannot work, before anything heavy is imported or written."""
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, tuple) else [value]:
+            if isinstance(number, (int, float)) and not isinstance(number, bool):
+                if not 0 < number < math.inf and not (number == 0 and name in MAY_BE_ZERO):
+                    refuse(name, f"{number} is not a finite number above zero")
+                if number > 1 and name in AT_MOST_ONE:
+                    refuse(name, f"{number} is above 1")
+    args.action_repeat = args.action_repeat or ACTION_REPEAT.get(args.env_id, 2)
+    check_algorithm(args)
+    steps = args.total_frames // args.action_repeat
+    if args.seed >= 2**31:  # evaluation adds as much
+        refuse("seed", f"{args.seed} is not below {2**31}")
+    if steps <= args.warmup_steps:
+        refuse("total_frames", f"{steps} steps are no more than the --warmup-steps; raise it")
+    if args.replay_capacity < 1000:
+        refuse("replay_capacity", f"{args.replay_capacity} is below 1000, one long episode")
+    if args.track and not importlib.util.find_spec("wandb"):
+        refuse("track", "Weights & Biases is missing: pip install wandb")
+    if args.evaluate and args.resume:
+        refuse("evaluate", "cannot be combined with --resume; drop one of them")
+    if args.evaluate and not Path(args.evaluate).exists():
+        refuse("evaluate", f"there is no {args.evaluate}; give a run folder or a checkpoint")
+    with require_renderer():
+        from absl import logging
+
+        logging.set_verbosity("error")  # MuJoCo warns of dm_control's own XML files
+        from dm_control import suite
+    tasks = sorted("-".join(task) for task in suite.ALL_TASKS)
+    if args.env_id not in tasks:
+        near = difflib.get_close_matches(args.env_id, tasks, 3, 0.4) or tasks
+        refuse("env_id", f"the suite has no task {args.env_id!r}, but {', '.join(near)}")
+
+
+@contextlib.contextmanager
+def require_renderer():
+    """Turns the many ways in which OpenGL can be missing into one line with the remedies."""
+    try:
+        yield
+    except ModuleNotFoundError:  # dm_control is not installed
+        raise
+    except Exception as e:
+        refuse("MUJOCO_GL", f"{os.environ.get('MUJOCO_GL')} cannot render ({e}). egl needs a GPU "
+               "driver or apt-get install libegl1 libgl1-mesa-dri; osmesa needs "
+               "apt-get install libosmesa6; glfw needs a screen")  # fmt: skip
+
+
+def check_algorithm(args):
+    """The part of check_args that is this script's own."""
+    decoded, encoded, kernels = 1, args.image_size, args.decoder_kernels
+    for kernel in kernels:
+        decoded, encoded = 2 * (decoded - 1) + kernel, (encoded - 4) // 2 + 1
+    if len(kernels) < 2 or encoded < 1:
+        refuse("decoder_kernels", "there must be two conv layers at least, and no more than an "
+               f"image of {args.image_size} can be halved by")  # fmt: skip
+    if decoded != args.image_size:
+        refuse("image_size", f"{args.image_size} is not where the --decoder-kernels "
+               f"{' '.join(map(str, kernels))} end; use {decoded}")  # fmt: skip
+    rows = min(1000 // args.action_repeat, args.warmup_steps) + 1
+    if not 2 <= args.sequence_length <= rows:
+        refuse("sequence_length", f"{args.sequence_length} is not between 2 and {rows}, what an "
+               "episode and the --warmup-steps leave")  # fmt: skip
+    if args.horizon < 2:
+        refuse("horizon", "one imagined step has no return to learn from; at least 2")
+    if args.spr_weight and args.spr_steps >= args.sequence_length:
+        refuse("spr_steps", f"{args.spr_steps} is not below the --sequence-length")
+
+
+if __name__ == "__main__":  # up here, so that --help and a wrong flag need not wait for PyTorch
+    ARGS = parse_args()
+
+import imageio
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from dm_control import suite
+from dm_control.mujoco.engine import Camera
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+# ---- PixelEnv (shared: the same text in every script) -------------------------------------------
+
+
+class EnvSpec(NamedTuple):
+    obs_shape: tuple  # (3, H, W) of an image or (S,) of a state vector
+    obs_dtype: torch.dtype
+    action_dim: int
+
+
+class Step(NamedTuple):
+    obs: np.ndarray  # what the agent sees: image uint8 (3, H, W), or the state
+    state: np.ndarray  # the task's own observation, flattened, float32 (S,)
+    action: np.ndarray  # what led here, float32 (A,); zeros where an episode starts
+    reward: float  # summed over the action repeat
+    discount: float  # 0 where the task ended for good; 1 everywhere else, at a time limit too
+    first: bool  # an episode starts
+    last: bool  # the episode is over
+
+
+class PixelEnv:
+    """A dm_control suite task: action repeat, a camera, a random state that can be restored.
+
+    render="exact" gives the pixels of physics.render; "fast" leaves out shadows, reflections and
+    smooth edges, about 40 times as fast without a GPU. Actions are (A,) in [-1, 1].
+    """
+
+    def __init__(self, env_id, seed, action_repeat, image_size, render, pixels=True, video_size=0):
+        domain, task = env_id.split("-", 1)
+        self.random = np.random.RandomState(seed)
+        limit = {"time_limit": 30.0} if domain == "lqr" else {}  # the only domain without an end
+        self.env = suite.load(domain, task, {"random": self.random, **limit})
+        self.action_repeat, self.image_size, self.pixels = action_repeat, image_size, pixels
+        self.camera_id = 2 if domain == "quadruped" else 0
+        self.cameras, self.flags = {}, {}
+        action_spec = self.env.action_spec()
+        bounds = action_spec.minimum, action_spec.maximum
+        self.low, self.high = (np.where(np.abs(b) > 1e6, np.sign(b), b) for b in bounds)
+        vis = self.env.physics.model.vis
+        vis.global_.offwidth = vis.global_.offheight = max(image_size, video_size)
+        if render == "fast":
+            vis.quality.offsamples, vis.quality.numslices, vis.quality.numstacks = 0, 8, 6
+            self.flags = {"shadow": False, "reflection": False}
+        dtype = torch.uint8 if pixels else torch.float32
+        self.spec = EnvSpec(self.reset().obs.shape, dtype, len(self.low))
+        self.fps = max(1, round(1 / (self.env.control_timestep() * action_repeat)))  # of a video
+        self.random.seed(seed)  # that reset does not count
+
+    def reset(self):
+        """First Step of a new episode."""
+        self.start, self.actions = self.random.get_state(), []
+        return self._see(self.env.reset(), 0.0)
+
+    def step(self, action):
+        """Next Step; the action is repeated until the episode ends at most."""
+        assert not self.last, "the episode is over: reset() comes next"
+        self.actions.append(action.tolist())
+        control = self.low + (np.array(self.actions[-1]) + 1) / 2 * (self.high - self.low)
+        reward = 0.0
+        for _ in range(self.action_repeat):
+            time_step = self.env.step(control)
+            reward += time_step.reward
+            if time_step.last():
+                break
+        return self._see(time_step, reward)
+
+    def _see(self, time_step, reward):
+        self.last = time_step.last()
+        state = np.concatenate([np.ravel(v) for v in time_step.observation.values()])
+        obs = state = state.astype(np.float32)
+        if self.pixels:
+            obs = self.render(self.image_size).transpose(2, 0, 1).copy()
+        action = np.float32(self.actions[-1] if self.actions else [0.0] * len(self.low))
+        discount = 1.0 if time_step.discount is None else time_step.discount
+        return Step(obs, state, action, float(reward), float(discount), not self.actions, self.last)
+
+    def render(self, size):
+        """Image (size, size, 3) uint8; copy it, the camera draws into the same array again."""
+        if size not in self.cameras:
+            self.cameras[size] = Camera(self.env.physics, size, size, self.camera_id)
+        return self.cameras[size].render(render_flag_overrides=self.flags)
+
+    def state_dict(self):
+        """The random state at the episode's start and the actions since then."""
+        name, keys, *rest = self.start
+        return {"random": [name, keys.tolist(), *rest], "actions": list(self.actions)}
+
+    def load_state_dict(self, state):
+        """Plays the episode again up to where it was saved and returns that Step. Setting the
+        simulator's state instead would not be exact: some of it cannot be read."""
+        self.random.set_state(tuple(state["random"]))
+        step = self.reset()
+        for action in state["actions"]:
+            step = self.step(np.float32(action))
+        return step
+
+    def close(self):
+        """Frees the renderer (OSMesa complains at exit otherwise)."""
+        self.env.physics.free()
+
+
+# ---- ReplayBuffer (shared: the same text in every script) ---------------------------------------
+
+
+class ReplayBuffer:
+    """Ring of rows on `device`. Every image is kept once, as uint8; stacks are made when sampled.
+
+    Row t holds image t, the action that led to it (zeros at an episode's start), the reward and
+    the discount on arriving. A transition is rows t and t + 1. Rows are counted from the run's
+    start; row t lies in slot t % capacity. Nothing that is sampled reaches across episodes.
+    """
+
+    def __init__(self, capacity, spec, device):
+        self.capacity, self.device = capacity, device
+        self.row = self.saved = 0  # next row, next row to save
+        self.columns = {
+            "obs": torch.empty((capacity, *spec.obs_shape), dtype=spec.obs_dtype, device=device),
+            "action": torch.empty((capacity, spec.action_dim), device=device),
+            "reward": torch.empty((capacity, 1), device=device),
+            "discount": torch.empty((capacity, 1), device=device),
+        }
+        self.start = np.zeros(capacity, np.int64)  # the row at which the row's episode starts
+
+    @staticmethod
+    def row_bytes(spec):
+        """Memory of one row [bytes]."""
+        obs = math.prod(spec.obs_shape) * spec.obs_dtype.itemsize
+        return obs + 4 * spec.action_dim + 4 + 4 + 8  # reward, discount, start
+
+    def add(self, step):
+        """Appends a Step."""
+        slot, before = self.row % self.capacity, (self.row - 1) % self.capacity
+        self.start[slot] = self.row if step.first else self.start[before]
+        values = step.obs, step.action, step.reward, step.discount
+        for column, value in zip(self.columns.values(), values, strict=True):
+            column[slot] = torch.as_tensor(value)
+        self.row += 1
+
+    def draw(self, rng, count, first, length, together):
+        """Rows (count,), none before `first`, at which `length` rows begin of which the last
+        `together` are of one episode; uniform, with replacement. Raises if there is no such row.
+        """
+        rows = np.empty(0, np.int64)
+        for _ in range(1000):
+            new = rng.integers(first, self.row - length + 1, count)
+            episode = self.start[(new + length - 1) % self.capacity]  # of the last row
+            rows = np.append(rows, new[episode <= new + length - together])
+            if len(rows) >= count:
+                return rows[:count]
+        raise ValueError(f"the replay buffer holds hardly any episode of {together} rows")
+
+    def gather(self, column, rows):
+        """Rows of a column, (*rows.shape, ...). On a CPU index_select is much faster than [ ]."""
+        slots = torch.as_tensor(rows.ravel() % self.capacity).to(self.device)
+        return self.columns[column].index_select(0, slots).unflatten(0, rows.shape)
+
+    def transitions(self, rng, batch_size, stack):
+        """Batch of obs, next_obs (B, stack * C, H, W), action (B, A), reward, discount (B, 1).
+
+        Before an episode's first image, a stack repeats it.
+        """
+        oldest = self.row - self.capacity
+        rows = self.draw(rng, batch_size, oldest + stack - 1 if oldest > 0 else 0, 2, 2)
+        episode = self.start[rows % self.capacity]
+        window = np.maximum(rows[:, None] + np.arange(1 - stack, 2), episode[:, None])
+        obs = self.gather("obs", window)  # (B, stack + 1, C, H, W)
+        batch = {key: self.gather(key, rows + 1) for key in ("action", "reward", "discount")}
+        return {"obs": obs[:, :-1].flatten(1, 2), "next_obs": obs[:, 1:].flatten(1, 2), **batch}
+
+    def sequences(self, rng, batch_size, length, together):
+        """Batch of all columns (B, T, ...) and is_first (B, T): T rows of which at least the last
+        `together` are of one episode; where is_first, one starts."""
+        rows = self.draw(rng, batch_size, max(0, self.row - self.capacity), length, together)
+        rows = rows[:, None] + np.arange(length)
+        is_first = torch.as_tensor(self.start[rows % self.capacity] == rows).to(self.device)
+        return {"is_first": is_first, **{key: self.gather(key, rows) for key in self.columns}}
+
+    def save(self, folder):
+        """Writes the rows since the last save, 1000 a file, each file named by its first row."""
+        for first in range(self.saved, self.row, 1000):
+            rows = np.arange(first, min(first + 1000, self.row))
+            chunk = {key: self.gather(key, rows).cpu() for key in self.columns}
+            chunk["start"] = torch.as_tensor(self.start[rows % self.capacity])
+            write_file(chunk, folder / f"{first:010d}.pt")
+        self.saved = self.row
+
+    def load(self, folder, row):
+        """Fills the buffer with the rows before `row` from the files that save() wrote."""
+        while self.row < row:
+            chunk = read_file(folder / f"{self.row:010d}.pt")
+            rows = np.arange(self.row, self.row + len(chunk["start"]))[-self.capacity :]
+            slots = torch.as_tensor(rows % self.capacity)
+            for key, column in self.columns.items():
+                column[slots.to(self.device)] = chunk[key][-len(rows) :].to(self.device)
+            self.start[slots] = chunk["start"][-len(rows) :]
+            self.row = self.saved = self.row + len(chunk["start"])
+
+
+def free_memory(device):
+    """Bytes free on `device`, within a container's limit; infinite where the system is silent."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+
+    def read(path, word, default):
+        try:
+            return int(re.search(rf"{word}\W*(\d+)", Path(path).read_text())[1])
+        except (OSError, TypeError):  # no such file; no number in it
+            return default
+
+    limit, group = read("/sys/fs/cgroup/memory.max", "", math.inf), "/sys/fs/cgroup/memory.stat"
+    machine = 1024 * read("/proc/meminfo", "MemAvailable", math.inf)
+    return min(machine, limit - read(group, "anon", 0))
+
+
+# ---- helpers -----------------------------------------------------------------------------------
+
+
+def weight_init(module):
+    """Glorot's uniform weights, zero biases, as Keras has by default."""
+    if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+        nn.init.xavier_uniform_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm):
+        module.reset_parameters()
+
+
+def mlp(in_dim, hidden_dim, layers, out_dim):
+    """Hidden ELU layers and a linear one."""
+    dims, net = [in_dim] + layers * [hidden_dim], []
+    for i in range(layers):
+        net += [nn.Linear(dims[i], dims[i + 1]), nn.ELU()]
+    return nn.Sequential(*net, nn.Linear(dims[-1], out_dim))
+
+
+def preprocess(obs):
+    """uint8 images (B, C, H, W) to float in [0, 1], channels last; states pass unchanged."""
+    if obs.dtype != torch.uint8:
+        return obs
+    return obs.to(torch.float32, memory_format=torch.channels_last) / 255
+
+
+def random_shift(obs, pixels):
+    """Images (B, T, C, H, W) moved by up to so many pixels each way, a sequence as a whole; the
+    border is repeated."""
+    if not pixels:
+        return obs
+    place = torch.arange(obs.shape[-1], device=obs.device)
+    offset = torch.randint(-pixels, pixels + 1, (2, len(obs), 1), device=obs.device)
+    rows, columns = (place + offset).clamp(0, len(place) - 1)  # (B, H), (B, W)
+    obs = obs.gather(3, rows[:, None, None, :, None].expand_as(obs))
+    return obs.gather(4, columns[:, None, None, None].expand_as(obs))
+
+
+def one_hot_sample(logits, uniform):
+    """One class of each categorical (..., S, K) as a one-hot z (..., S * K) which has the gradient
+    of the probabilities; from uniform noise of that shape (argmax p / Exp(1) is a sample)."""
+    probs = torch.softmax(logits, -1)
+    index = (probs.detach() / -torch.log(uniform)).argmax(-1, keepdim=True)
+    hard = torch.zeros_like(logits).scatter_(-1, index, 1.0)
+    return (hard + (probs - probs.detach())).flatten(-2)
+
+
+def categorical_kl(q, p):
+    """KL(q || p) of S categoricals with logits (..., S, K), summed over them."""
+    q, p = torch.log_softmax(q, -1), torch.log_softmax(p, -1)
+    return (q.exp() * (q - p)).sum((-1, -2))
+
+
+def truncated_normal(loc, std, uniform):
+    """Action from N(loc, std) cut off at -1 and 1, by the inverse CDF of uniform noise, and the
+    entropy of each of its dimensions; all (..., A)."""
+    low, high = (-1 - loc) / std, (1 - loc) / std
+    cdf_low, cdf_high = torch.special.ndtr(low), torch.special.ndtr(high)
+    mass = cdf_high - cdf_low
+    p = (cdf_low + uniform * mass).clamp(1e-6, 1 - 1e-6)  # D3: 1 would be infinitely far out
+    x = loc + std * torch.special.ndtri(p)
+    action = x + (x.clamp(-1 + 1e-6, 1 - 1e-6) - x).detach()  # clipped, with the gradient of x
+    density = [torch.exp(-0.5 * v.square()) / math.sqrt(2 * math.pi) for v in (low, high)]
+    entropy = 0.5 * math.log(2 * math.pi * math.e) + torch.log(std * mass)
+    return action, entropy + (low * density[0] - high * density[1]) / (2 * mass)
+
+
+def lambda_returns(reward, value, discount, lambda_):
+    """R_i = r_i + d_i ((1 - lambda) v_{i+1} + lambda R_{i+1}) and R_H = v_H, of reward and discount
+    at states 0 to H - 1 (H, N) and value at states 1 to H (H, N): the first H of them (H, N)."""
+    returns = [value[-1]]
+    for r, v, d in zip(reward.flip(0), value.flip(0), discount.flip(0), strict=True):
+        returns.append(r + d * ((1 - lambda_) * v + lambda_ * returns[-1]))
+    return torch.stack(returns[:0:-1])
+
+
+def minimize(loss, *optimizers):
+    """One step of each optimizer on `loss`. Gradients go to the optimizers' own parameters and
+    nowhere else, whatever the loss was computed with; an optimizer's have a norm of 100 at most."""
+    groups = [[p for g in o.param_groups for p in g["params"]] for o in optimizers]
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss.backward(inputs=[p for group in groups for p in group])
+    for optimizer, group in zip(optimizers, groups, strict=True):
+        nn.utils.clip_grad_norm_(group, 100.0)
+        optimizer.step()
+
+
+@torch.no_grad()
+def soft_update(net, target, tau):
+    """target <- tau net + (1 - tau) target."""
+    for p, t in zip(net.parameters(), target.parameters(), strict=True):
+        t.lerp_(p, tau)
+
+
+# ---- networks ----------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """Images (N, C, H, W) in [-0.5, 0.5] -> embeddings (N, E)."""
+
+    def __init__(self, obs_shape, args):
+        super().__init__()
+        channels, side, layers = obs_shape[0], obs_shape[-1], []
+        for i in range(len(args.decoder_kernels)):
+            after, side = args.depth * 2**i, (side - 4) // 2 + 1
+            layers += [nn.Conv2d(channels, after, 4, 2), nn.ELU()]
+            channels = after
+        self.net, self.dim = nn.Sequential(*layers, nn.Flatten()), channels * side**2
+
+    def forward(self, images):
+        return self.net(images)
+
+
+class Decoder(nn.Module):
+    """(N, F) -> means of the images (N, C, H, W) in [-0.5, 0.5]."""
+
+    def __init__(self, obs_shape, in_dim, args):
+        super().__init__()
+        n = len(args.decoder_kernels)
+        channels = [args.depth * 2**i for i in (n + 1, *range(n - 2, -1, -1))] + [obs_shape[0]]
+        layers = [nn.Linear(in_dim, channels[0]), nn.Unflatten(1, (channels[0], 1, 1))]
+        for i, kernel in enumerate(args.decoder_kernels):
+            layers += [nn.ConvTranspose2d(channels[i], channels[i + 1], kernel, 2), nn.ELU()]
+        self.net = nn.Sequential(*layers[:-1])
+
+    def forward(self, features):
+        return self.net(features)
+
+
+class RSSM(nn.Module):
+    """Recurrent state-space model: h' = GRU(h, z, a), prior p(z | h), posterior q(z | h, e)."""
+
+    def __init__(self, e_dim, action_dim, args):
+        super().__init__()
+        self.shape, self.h_dim = (args.categoricals, args.classes), args.deter_dim
+        self.z_dim, n = args.categoricals * args.classes, args.hidden_dim
+        self.gru_in = nn.Linear(self.z_dim + action_dim, n)
+        self.gru = nn.Linear(n + self.h_dim, 3 * self.h_dim)
+        self.gru_norm = nn.LayerNorm(3 * self.h_dim, eps=1e-3)
+        self.prior_in, self.prior_out = nn.Linear(self.h_dim, n), nn.Linear(n, self.z_dim)
+        self.post_in, self.post_out = nn.Linear(self.h_dim + e_dim, n), nn.Linear(n, self.z_dim)
+
+    def noise(self, *shape):
+        """Uniform noise (*shape, S, K), of which a z is drawn."""
+        return torch.rand(*shape, *self.shape, device=self.gru.weight.device)
+
+    def cell(self, x, h):
+        """The GRU: h' (..., D) from x (..., X). One LayerNorm over all gates, and the reset gate
+        inside the tanh's argument as a whole: torch's GRUCell has neither."""
+        gates = self.gru_norm(self.gru(torch.cat([F.elu(x), h], -1)))
+        reset, candidate, update = gates.chunk(3, -1)
+        update = torch.sigmoid(update - 1)
+        return update * torch.tanh(torch.sigmoid(reset) * candidate) + (1 - update) * h
+
+    def step(self, z, h, action):
+        """h' (..., D) after an action (..., A) in state z (..., Z), h (..., D)."""
+        return self.cell(self.gru_in(torch.cat([z, action], -1)), h)
+
+    def prior(self, h):
+        """Logits (..., S, K) of p(z | h)."""
+        return self.prior_out(F.elu(self.prior_in(h))).unflatten(-1, self.shape)
+
+    def imagine(self, z, h, action, noise):
+        """Next state z', h' without having seen an image."""
+        h = self.step(z, h, action)
+        return one_hot_sample(self.prior(h), noise), h
+
+    def observe(self, e, action, is_first, noise, z=None, h=None):
+        """Filters embeddings e (B, T, E), the actions before (B, T, A) and is_first (B, T) with
+        noise (B, T, S, K), from state z, h on: z (B, T, Z), h (B, T, D) and the logits of
+        posterior and prior (B, T, S, K). Where is_first, the state before and its action are 0."""
+        keep = 1.0 - is_first[..., None].float()
+        w_z, w_a = self.gru_in.weight.split([self.z_dim, action.shape[-1]], 1)
+        w_h, w_e = self.post_in.weight.split([self.h_dim, e.shape[-1]], 1)
+        x = F.linear(action * keep, w_a, self.gru_in.bias)  # what does not recur, for all times
+        y = F.linear(e, w_e, self.post_in.bias)
+        z = e.new_zeros(len(e), self.z_dim) if z is None else z
+        h = e.new_zeros(len(e), self.h_dim) if h is None else h
+        zs, hs, logits = [], [], []
+        for t in range(e.shape[1]):
+            z, h = z * keep[:, t], h * keep[:, t]
+            h = self.cell(F.linear(z, w_z) + x[:, t], h)
+            post = self.post_out(F.elu(F.linear(h, w_h) + y[:, t])).unflatten(-1, self.shape)
+            z = one_hot_sample(post, noise[:, t])
+            zs, hs, logits = [*zs, z], [*hs, h], [*logits, post]
+        h = torch.stack(hs, 1)
+        return torch.stack(zs, 1), h, torch.stack(logits, 1), self.prior(h)
+
+
+class Actor(nn.Module):
+    """Features (..., F) -> mean and standard deviation (..., A) of a normal before truncation."""
+
+    def __init__(self, in_dim, action_dim, args):
+        super().__init__()
+        self.trunk = mlp(in_dim, args.head_dim, args.head_layers, 2 * action_dim)
+
+    def forward(self, features):
+        mean, std = self.trunk(features).chunk(2, -1)
+        return torch.tanh(mean), 2 * torch.sigmoid(std / 2) + 0.1
+
+
+# ---- Agent -------------------------------------------------------------------------------------
+
+
+class Agent(nn.Module):
+    """act, one method per loss (tensors in, a scalar out), and update, the algorithm."""
+
+    def __init__(self, args, spec):
+        super().__init__()
+        self.args, self.updates, self.action_dim = args, 0, spec.action_dim
+        head = functools.partial(mlp, hidden_dim=args.head_dim, layers=args.head_layers)
+        self.encoder = Encoder(spec.obs_shape, args)
+        e_dim = self.encoder.dim
+        self.rssm = RSSM(e_dim, spec.action_dim, args)
+        f_dim = self.rssm.z_dim + args.deter_dim
+        self.decoder = Decoder(spec.obs_shape, f_dim, args)
+        self.reward = head(f_dim, out_dim=1)
+        world = ["encoder", "rssm", "decoder", "reward"]  # what J(M) trains
+        if args.discount_head:
+            self.discount = head(f_dim, out_dim=1)
+            world += ["discount"]
+        if args.infonce_weight:
+            self.similarity = nn.Linear(128, 128)
+            world += ["projection", "similarity"]
+        if args.spr_weight:
+            self.predictor = head(f_dim, out_dim=128)
+            world += ["predictor"]
+        if args.mask_ratio:
+            self.masked_decoder = Decoder(spec.obs_shape, e_dim, args)
+            self.masked_reward = head(e_dim, out_dim=1)
+            world += ["masked_decoder", "masked_reward"]
+        if args.infonce_weight or args.spr_weight:
+            self.projection = nn.Linear(e_dim, 128)
+        self.actor = Actor(f_dim, spec.action_dim, args)
+        self.critic = head(f_dim, out_dim=1)
+        self.apply(weight_init).to(args.device, memory_format=torch.channels_last)
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
+        if args.infonce_weight or args.spr_weight:
+            self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
+            self.target_projection = copy.deepcopy(self.projection).requires_grad_(False)
+
+        transition = ["gru_in", "gru", "gru_norm", "prior_in", "prior_out"]
+        self.resettable = {  # what --reset makes fresh
+            "none": [], "transition": [f"rssm.{name}" for name in transition],
+            "actor-critic": ["actor", "critic"], "all": [*world, "actor", "critic"]}  # fmt: skip
+        self.loss_weights = {"loss/kl": args.kl_scale, "loss/contrastive": args.infonce_weight,
+                             "loss/spr": args.spr_weight}  # fmt: skip
+
+        def adam(names, lr):  # decoupled decay of `weight_decay` per update, whatever lr is
+            parameters = [p for name in names for p in self.get_submodule(name).parameters()]
+            decay = args.weight_decay / lr
+            return torch.optim.AdamW(parameters, lr, eps=1e-5, weight_decay=decay, fused=True)
+
+        # Who trains what: a loss moves the parameters of its own optimizer, nothing else (see
+        # minimize), though J(pi) is computed through the model, the reward and the target critic.
+        self.optimizers = {"model": adam(world, args.model_lr),
+                           "actor": adam(["actor"], args.actor_lr),
+                           "critic": adam(["critic"], args.critic_lr)}  # fmt: skip
+
+    @torch.no_grad()  # acting learns nothing
+    def act(self, step, carry, explore):
+        """Action (A,) for a Step, and the state to carry on; None: an episode starts."""
+        obs = torch.as_tensor(step.obs, device=self.args.device)[None, None]
+        action = torch.as_tensor(step.action, device=self.args.device)[None, None]
+        resets = self.resets(self.updates)
+        if carry is None or carry["resets"] != resets:  # D6: a state means nothing to new weights
+            carry = {"z": None, "h": None}
+        is_first = torch.tensor([[carry["z"] is None]], device=obs.device)
+        _, e = self.encode(obs, self.encoder)
+        noise = self.rssm.noise(1, 1)
+        z, h, *_ = self.rssm.observe(e, action, is_first, noise, carry["z"], carry["h"])
+        loc, std = self.actor(torch.cat([z, h], -1)[0])
+        action = truncated_normal(loc, std, torch.rand_like(loc))[0] if explore else loc
+        return action[0].cpu(), {"z": z[0], "h": h[0], "resets": resets}
+
+    def encode(self, obs, encoder):
+        """Of uint8 images (B, T, C, H, W): in [-0.5, 0.5] (B * T, C, H, W), embedded (B, T, E)."""
+        images = preprocess(obs.flatten(0, 1)) - 0.5
+        return images, encoder(images).unflatten(0, obs.shape[:2])
+
+    def image_loss(self, means, images):
+        """-log N(image | mean, 1), summed over its pixels; both (N, C, H, W)."""
+        error = (means - images).square().sum() / len(images)
+        return 0.5 * error + 0.5 * math.log(2 * math.pi) * images[0].numel()  # [DreamerV2 image]
+
+    def reward_loss(self, mean, reward):
+        """-log N(reward | mean, 1); both (B, T, 1)."""
+        return 0.5 * F.mse_loss(mean, reward) + 0.5 * math.log(2 * math.pi)  # [DreamerV2 reward]
+
+    def discount_loss(self, logit, discount):
+        """Cross entropy with gamma * discount as the probability; both (B, T, 1)."""
+        target = self.args.gamma * discount
+        return F.binary_cross_entropy_with_logits(logit, target)  # [DreamerV2 discount]
+
+    def kl_loss(self, post, prior):
+        """KL of posterior to prior from logits (B, T, S, K); kl_balance of it trains the prior, the
+        rest the posterior. Below free_nats on average it is constant."""
+        to_prior = categorical_kl(post.detach(), prior).mean()  # moves the prior alone
+        to_post = categorical_kl(post, prior.detach()).mean()  # moves the posterior alone
+        free, balance = self.args.free_nats, self.args.kl_balance
+        kl = balance * to_prior.clamp(min=free) + (1 - balance) * to_post.clamp(min=free)
+        return kl  # [DreamerV2 KL]
+
+    def contrastive_loss(self, e, keys):
+        """InfoNCE: the embedding of an image e (B, T, E) must find the key of the same image, moved
+        otherwise, among the keys of the batch (B, T, 128) but for those close by in time."""
+        query = self.similarity(self.projection(e)).flatten(0, 1)
+        n, T = len(query), e.shape[1]
+        t = torch.arange(n, device=e.device)
+        sequence, apart = t // T, (t[:, None] - t).abs()
+        near = (sequence[:, None] == sequence) & (apart > 0) & (apart <= 3)  # look the same
+        logits = (query @ keys.flatten(0, 1).T).masked_fill(near, -math.inf)
+        return F.cross_entropy(logits, t)  # [CURL InfoNCE]
+
+    def spr_loss(self, z, h, action, keys):
+        """From every state of z (B, T, Z), h (B, T, D) the model goes spr_steps ahead by the real
+        actions (B, T, A) and predicts the keys (B, T, 128) of the images there: 2 - 2 cosine."""
+        loss = 0.0
+        for k in range(1, self.args.spr_steps + 1):
+            z, h = z[:, :-1], h[:, :-1]  # the last has no image so far ahead
+            noise = self.rssm.noise(*z.shape[:2])
+            z, h = self.rssm.imagine(z, h, action[:, k:], noise)
+            predicted = self.predictor(torch.cat([z, h], -1))
+            loss = loss + 2 - 2 * F.cosine_similarity(predicted, keys[:, k:], -1).mean()
+        return loss / self.args.spr_steps  # [SPR loss]
+
+    def masked_loss(self, images, reward):
+        """Reconstruction of whole images (N, C, H, W), and the reward (N, 1), from an embedding for
+        which cells of the feature map after two layers were hidden."""
+        cells = self.encoder.net[:4](images)
+        hidden = torch.rand_like(cells[:, :1]) < self.args.mask_ratio
+        e = self.encoder.net[4:](cells.masked_fill(hidden, 0.0))
+        return (self.image_loss(self.masked_decoder(e), images)
+                + self.reward_loss(self.masked_reward(e), reward))  # [MWM light]
+
+    def model_losses(self, batch, images, e, z, h, post, prior):
+        """{name: scalar}, whose weighted sum is J(M)."""
+        args, features = self.args, torch.cat([z, h], -1)  # (B, T, F)
+        losses = {"loss/kl": self.kl_loss(post, prior),
+                  "loss/image": self.image_loss(self.decoder(features.flatten(0, 1)), images),
+                  "loss/reward": self.reward_loss(self.reward(features), batch["reward"])}
+        if args.discount_head:
+            losses["loss/discount"] = self.discount_loss(self.discount(features), batch["discount"])
+        if args.infonce_weight or args.spr_weight:
+            with torch.no_grad():  # the target follows the encoder by a moving average
+                moved = random_shift(batch["obs"], args.target_shift)
+                keys = self.target_projection(self.encode(moved, self.target_encoder)[1])
+        if args.infonce_weight:
+            losses["loss/contrastive"] = self.contrastive_loss(e, keys)
+        if args.spr_weight:
+            losses["loss/spr"] = self.spr_loss(z, h, batch["action"], keys)
+        if args.mask_ratio:
+            losses["loss/masked"] = self.masked_loss(images, batch["reward"].flatten(0, 1))
+        return losses
+
+    def imagine(self, z, h):
+        """The actor in the model from states z (N, Z), h (N, D) on: features (H + 1, N, F), and the
+        entropies (H, N) of the actor at all but the last. Actions carry gradients."""
+        features, entropies = [torch.cat([z, h], -1)], []
+        noise = self.rssm.noise(self.args.horizon, len(z))
+        uniform = torch.rand(*noise.shape[:2], self.action_dim, device=z.device)
+        for t in range(self.args.horizon):
+            loc, std = self.actor(features[-1].detach())  # no way for J(pi) to earlier actions
+            action, entropy = truncated_normal(loc, std, uniform[t])
+            z, h = self.rssm.imagine(z, h, action, noise[t])
+            features.append(torch.cat([z, h], -1))
+            entropies.append(entropy.sum(-1))
+        return torch.stack(features), torch.stack(entropies)
+
+    def discounts(self, features, first):
+        """Discount of imagined states (H + 1, N): gamma, or what the head says, but for the first,
+        whose discount in the replay buffer is `first` (N,). And their weights, the product of the
+        discounts before."""
+        if self.args.discount_head:
+            predicted = torch.sigmoid(self.discount(features[1:])).squeeze(-1)
+            discount = torch.cat([self.args.gamma * first[None], predicted])
+        else:
+            discount = features.new_full(features.shape[:2], self.args.gamma)
+        weights = torch.cat([torch.ones_like(discount[:1]), discount[:-1]]).cumprod(0)
+        return discount, weights.detach()  # the actor is not to end episodes
+
+    def returns(self, features, discount):
+        """Lambda returns (H, N) of imagined features (H + 1, N, F) with discounts (H + 1, N). State
+        i comes with reward i, so a state's value includes its own reward."""
+        reward = self.reward(features[:-1]).squeeze(-1)
+        value = self.target_critic(features[1:]).squeeze(-1)
+        return lambda_returns(reward, value, discount[:-1], self.args.return_lambda)
+
+    def actor_loss(self, returns, entropies, weights):
+        """Minus the return after each action and its entropy, both (H, N), weighted (H + 1, N). The
+        first return is before any action; the gradient flows through the model's steps."""
+        objective = returns[1:] + self.args.entropy_weight * entropies[:-1]
+        return -(weights[:-2] * objective).mean()  # [DreamerV2 actor]
+
+    def critic_loss(self, features, returns, weights):
+        """-log N(return | critic, 1) at imagined features (H + 1, N, F), the last left out."""
+        value = self.critic(features[:-1].detach()).squeeze(-1)  # the model is not the critic's
+        nll = 0.5 * (value - returns.detach()).square() + 0.5 * math.log(2 * math.pi)
+        return (weights[:-1] * nll).mean()  # [DreamerV2 critic]
+
+    def resets(self, updates):
+        """How many resets come before this update."""
+        every, extra = self.args.reset_every_updates, self.args.catch_up_updates
+        return 0 if self.args.reset == "none" else max(0, updates + extra) // (every + extra)
+
+    @torch.no_grad()  # weights are set, not learned
+    def reset(self):
+        """Moves weights reset_alpha of the way to fresh ones and clears their Adam moments."""
+        names = self.resettable[self.args.reset]
+        for name in names:
+            module = self.get_submodule(name)
+            fresh = copy.deepcopy(module).apply(weight_init)
+            soft_update(fresh, module, self.args.reset_alpha)
+            for optimizer in self.optimizers.values():
+                for p in module.parameters():
+                    optimizer.state.pop(p, None)
+        for name, module in self.named_children():
+            if f"target_{name}" in self._modules and name in names:
+                soft_update(module, self.get_submodule(f"target_{name}"), 1.0)
+
+    def sample(self, buffer, rng):
+        """The sequences that update() takes; the model starts anew at the first row of each."""
+        length = self.args.sequence_length
+        batch = buffer.sequences(rng, self.args.batch_size, length, length)
+        batch["is_first"][:, 0] = True
+        return batch
+
+    def update(self, batch):
+        """One update from a batch of sample(); metrics as 0-d tensors."""
+        args, optimizers, metrics = self.args, self.optimizers, {}
+        if self.resets(self.updates) > self.resets(self.updates - 1):
+            self.reset()
+        model_due = self.updates % args.model_every_updates == 0
+        with torch.set_grad_enabled(model_due):
+            images, e = self.encode(random_shift(batch["obs"], args.shift), self.encoder)
+            noise = self.rssm.noise(*e.shape[:2])
+            states = self.rssm.observe(e, batch["action"], batch["is_first"], noise)
+        if model_due:
+            metrics = self.model_losses(batch, images, e, *states)
+            loss = sum(self.loss_weights.get(name, 1.0) * metrics[name] for name in metrics)
+            minimize(loss, optimizers["model"])  # [Bednarz alg. 1:4]
+            metrics["stat/kl"] = categorical_kl(*states[2:]).mean()
+            if args.infonce_weight or args.spr_weight:
+                soft_update(self.encoder, self.target_encoder, args.encoder_tau)
+                soft_update(self.projection, self.target_projection, args.encoder_tau)
+        if self.updates % args.behavior_every_updates == 0:
+            start = [x.detach().flatten(0, 1) for x in states[:2]]  # the model has its own losses
+            features, entropies = self.imagine(*start)  # [Bednarz alg. 1:5]
+            discount, weights = self.discounts(features, batch["discount"].flatten())
+            returns = self.returns(features, discount)  # [Bednarz alg. 1:6]
+            metrics["loss/actor"] = self.actor_loss(returns, entropies, weights)
+            metrics["loss/critic"] = self.critic_loss(features, returns, weights)
+            minimize(metrics["loss/actor"], optimizers["actor"])  # [Bednarz alg. 1:7]
+            minimize(metrics["loss/critic"], optimizers["critic"])
+            if self.updates % (args.behavior_every_updates * args.target_every_updates) == 0:
+                soft_update(self.critic, self.target_critic, 1.0)
+            metrics |= {"stat/entropy": entropies.mean(), "stat/imagined_return": returns.mean()}
+        self.updates += 1
+        return {name: value.detach() for name, value in metrics.items()}
+
+    @torch.no_grad()  # for the eye
+    def images(self, buffer, rng):
+        """{name: uint8 (H, W, 3)}: a sequence over time; below it the model, which sees the first
+        five images and imagines the rest from the actions; below that its error, grey where 0."""
+        batch = {key: column[:1, :20] for key, column in self.sample(buffer, rng).items()}
+        obs, action = batch["obs"], batch["action"]
+        noise = self.rssm.noise(*obs.shape[:2])
+        _, e = self.encode(obs, self.encoder)
+        seen = [x[:, :5] for x in (e, action, batch["is_first"], noise)]
+        z, h, *_ = self.rssm.observe(*seen)
+        features, z, h = [torch.cat([z, h], -1)], z[:, -1], h[:, -1]
+        for t in range(5, obs.shape[1]):
+            z, h = self.rssm.imagine(z, h, action[:, t], noise[:, t])
+            features.append(torch.cat([z, h], -1)[:, None])
+        truth, model = obs[0] / 255, self.decoder(torch.cat(features, 1)[0]) + 0.5
+        rows = torch.stack([truth, model, (model - truth + 1) / 2])  # (3, T, C, H, W)
+        strip = (rows * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 3, 1, 4, 2)
+        return {"open_loop": strip.flatten(2, 3).flatten(0, 1).cpu().numpy()}
+
+
+# ---- evaluate (shared: the same text in every script) -------------------------------------------
+
+
+def rng_state():
+    """PyTorch's random state on the CPU and on the accelerators in use."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    mps = [torch.mps.get_rng_state()] if torch.backends.mps.is_available() else []
+    return [torch.get_rng_state(), *cuda, *mps]
+
+
+def set_rng_state(states):
+    """Puts back what rng_state gave."""
+    cpu, *others = [state.cpu() for state in states]
+    torch.set_rng_state(cpu)
+    if torch.cuda.is_initialized():
+        torch.cuda.set_rng_state_all(others)
+    elif others and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(others[0])
+
+
+def evaluate(act, env, seed, episodes, video_size=0):
+    """Plays `episodes` episodes of `env` with act(step, carry) -> action, carry.
+
+    Seeds the environment and PyTorch, and leaves PyTorch's random numbers as they were. Gives the
+    returns (episodes,) and the first episode's images (video_size, video_size, 3) if asked for.
+    """
+    returns, video, before = np.zeros(episodes), [], rng_state()
+    env.random.seed(seed)
+    torch.manual_seed(seed)
+    for i in range(episodes):
+        step, carry = env.reset(), None
+        while not step.last:
+            if video_size and i == 0:
+                video.append(env.render(video_size).copy())
+            action, carry = act(step, carry)
+            step = env.step(action)
+            returns[i] += step.reward
+    set_rng_state(before)  # D4
+    return returns, video
+
+
+# ---- Logger and checkpoints (shared: the same text in every script) -----------------------------
+
+
+@contextlib.contextmanager
+def survive(what):
+    """A full disk costs a warning, not the run."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        tqdm.write(f"warning: {what} not written: {e}", file=sys.stderr)
+
+
+def write_video(path, images, fps):
+    """MP4 if imageio-ffmpeg is installed, else GIF; gives the path with its suffix."""
+    mp4 = importlib.util.find_spec("imageio_ffmpeg")
+    path = path.with_suffix(".mp4" if mp4 else ".gif")
+    imageio.mimsave(path, images, **({"fps": fps} if mp4 else {"duration": 1000 / fps, "loop": 0}))
+    return path
+
+
+class Logger:
+    """Progress bar, metrics.csv with a row per log point, TensorBoard, images and videos."""
+
+    def __init__(self, args, run_dir, frames, rows):
+        self.run_dir, self.columns = run_dir, []
+        self.rows = rows  # the caller's list: what is appended here is in its checkpoints
+        for name in ("images", "videos"):
+            (run_dir / name).mkdir(exist_ok=True)
+        if args.track:
+            import wandb
+
+            wandb.init(name=run_dir.name, config=vars(args), sync_tensorboard=True)
+        self.writer = SummaryWriter(run_dir, purge_step=frames + 1)
+        self.bar = tqdm(total=args.total_frames, initial=frames, unit="frame", disable=None)
+
+    def log(self, row):
+        """Appends {name: number} to metrics.csv and TensorBoard."""
+        self.rows.append(row)
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        new, self.columns = columns != self.columns, []  # new: the whole file is written, as also
+        with survive("metrics"):  # after a resume and after a write that failed
+            with open(self.run_dir / "metrics.csv", "w" if new else "a", newline="") as file:
+                writer = csv.DictWriter(file, columns, lineterminator="\n")
+                if new:
+                    writer.writeheader()
+                writer.writerows(self.rows if new else [row])
+            self.columns = columns
+            for name in [name for name in row if "/" in name]:
+                self.writer.add_scalar(name, row[name], row["frames"])
+        shown = {k: f"{v:.0f}" for k, v in row.items() if k.endswith(("updates", "return"))}
+        self.bar.set_postfix(shown)
+
+    def show(self, frames, images, video, fps):
+        """Writes {name: uint8 (H, W, 3)} as PNG and to TensorBoard, and the video."""
+        with survive("images"):
+            for name, image in images.items():
+                imageio.imwrite(self.run_dir / f"images/{frames:09d}_{name}.png", image)
+                self.writer.add_image(name, image, frames, dataformats="HWC")
+            if video:
+                write_video(self.run_dir / f"videos/{frames:09d}", video, fps)
+
+
+def write_file(payload, path, previous=None):
+    """Whole or not at all: temporary file, fsync, rename; what was there becomes `previous`."""
+    part = path.with_suffix(".part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(payload, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_file(path, device="cpu"):
+    """torch.load that checks every CRC and lets in tensors and plain types only."""
+    with zipfile.ZipFile(path) as archive:
+        if bad := archive.testzip():
+            raise ValueError(f"{bad} is damaged")
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def check_finite(metrics, updates):
+    """Ends a run whose losses are NaN or infinite, before such weights reach a checkpoint."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            sys.exit(f"error: {name} is {float(value)} after {updates} updates; it is not saved. "
+                     "A new run with smaller learning rates may help")  # fmt: skip
+
+
+def save_checkpoint(run_dir, args, agent, buffer, env, rng, progress):
+    """All that the rest of the run depends on; the checkpoint before stays as previous.pt."""
+    total = sum(tensor.sum() for tensor in agent.state_dict().values())
+    check_finite(progress["metrics"] | {"the sum of all weights": total}, agent.updates)
+    (run_dir / "replay").mkdir(exist_ok=True)
+    buffer.save(run_dir / "replay")
+    payload = {
+        "format": 1, "script": Path(__file__).stem, "args": dataclasses.asdict(args),
+        "agent": agent.state_dict(), "updates": agent.updates, "row": buffer.row,
+        "optimizers": {name: o.state_dict() for name, o in agent.optimizers.items()},
+        "env": env.state_dict(), "numpy": rng.bit_generator.state, "torch": rng_state(),
+        "version": str(torch.__version__), "progress": progress,
+    }  # fmt: skip
+    write_file(payload, run_dir / "checkpoint.pt", run_dir / "previous.pt")
+
+
+def read_checkpoint(path, flag, device):
+    """Payload of a checkpoint, or of the newest readable one of a run; refuses anything else."""
+    path, problems = Path(path), []
+    for file in [path / "checkpoint.pt", path / "previous.pt"] if path.is_dir() else [path]:
+        try:
+            payload = read_file(file, device)
+            if (payload["format"], payload["script"]) != (1, Path(__file__).stem):
+                raise ValueError(f"written by {payload['script']}, format {payload['format']}")
+        except Exception as e:  # whatever a damaged, foreign or hostile file makes them raise
+            why = "is missing" if isinstance(e, FileNotFoundError) else f"is unusable: {e}"
+            problems.append(f"{file.name} {why}"[:200])
+        else:
+            if problems:
+                print(f"warning: {problems[0]}; going on from {file.name}", file=sys.stderr)
+            if problems and flag == "resume" and (path / "checkpoint.pt").exists():
+                os.replace(path / "checkpoint.pt", path / "damaged.pt")  # never to be previous.pt
+            return payload
+    refuse(flag, f"no checkpoint of {Path(__file__).name} in {path} ({'; '.join(problems)})")
+
+
+def load_checkpoint(payload, run_dir, agent, buffer, env, rng):
+    """Puts everything back where it was; gives the progress and the environment's Step."""
+    agent.load_state_dict(payload["agent"])
+    agent.updates = payload["updates"]
+    for name, optimizer in agent.optimizers.items():
+        optimizer.load_state_dict(payload["optimizers"][name])
+    try:
+        buffer.load(run_dir / "replay", payload["row"])
+    except Exception as e:
+        refuse("resume", f"a file in {run_dir / 'replay'} is missing or damaged ({e})")
+    rng.bit_generator.state = payload["numpy"]
+    if payload["version"] != torch.__version__:
+        print(f"warning: saved with PyTorch {payload['version']}; the numbers will differ")
+    set_rng_state(payload["torch"])
+    progress, step = payload["progress"], env.load_state_dict(payload["env"])
+    payload.clear()  # gives back its memory
+    return progress, step
+
+
+# ---- train (shared: the same text in every script) ----------------------------------------------
+
+
+def make_env(args, seed, pixels=True, video_size=0):
+    """The run's task; pixels=False does without images."""
+    return PixelEnv(args.env_id, seed, args.action_repeat, args.image_size, args.render,
+                    pixels, video_size)  # fmt: skip
+
+
+def replay_rows(args):
+    """Rows of the replay buffer: one per step and one per episode start, 1000 frames apart."""
+    rows = args.total_frames // args.action_repeat + args.total_frames // 1000 + 2
+    return min(args.replay_capacity, rows)
+
+
+def updates_due(args, step):
+    """Updates that belong before the action of this step: the cadence, without memory."""
+    since = step - args.warmup_steps
+    due = args.pretrain_updates + int(args.updates_per_step * since) if since >= 0 else 0
+    resets = due // args.reset_every_updates if args.reset != "none" else 0
+    return due + args.catch_up_updates * resets
+
+
+class Interrupt:
+    """Ctrl-C or SIGTERM sets `signal`; the loop stops with a checkpoint. A second one kills."""
+
+    def __init__(self):
+        self.signal = 0
+        signal.signal(signal.SIGINT, self)
+        signal.signal(signal.SIGTERM, self)
+
+    def __call__(self, number, _):
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        print("\nstopping with a checkpoint; once more to stop at once", file=sys.stderr)
+
+
+def train(args, run_dir, interrupt, payload=None):
+    """The training loop; knows nothing of the algorithm. Gives the summary's numbers."""
+    rng = np.random.default_rng(args.seed)
+    torch.manual_seed(args.seed)
+    env, video_size = make_env(args, args.seed), 256 if args.video else 0
+    eval_env, eval_seed = make_env(args, 0, video_size=video_size), args.seed + 2**31
+    agent = Agent(args, env.spec)
+    buffer = ReplayBuffer(replay_rows(args), env.spec, args.device)
+    total_steps = args.total_frames // args.action_repeat
+    eval_steps = max(1, args.eval_every_frames // args.action_repeat)
+
+    def random_action():
+        return torch.as_tensor(rng.uniform(-1, 1, env.spec.action_dim), dtype=torch.float32)
+
+    def log(row):
+        check_finite(now["metrics"], agent.updates)
+        now["wall_s"], frames = time.monotonic() - clock, now["step"] * args.action_repeat
+        counters = {"frames": frames, "steps": now["step"], "updates": agent.updates}
+        metrics = {name: float(value) for name, value in now["metrics"].items()}
+        logger.log(counters | row | metrics | {"time/wall_s": now["wall_s"]})
+
+    if payload:
+        now, step = load_checkpoint(payload, run_dir, agent, buffer, env, rng)
+    else:
+        blind = make_env(args, 0, pixels=False)
+        returns, _ = evaluate(lambda *_: (random_action(), None), blind, eval_seed, 10)
+        print(f"random policy: {returns.mean():.1f} +- {returns.std():.1f} over 10 episodes")
+        now = {"step": 0, "action": None, "carry": None, "return": 0.0, "metrics": {}, "rows": [],
+               "random_return": returns.mean().item(), "eval_return": None, "wall_s": 0.0,
+               "saved": 0}  # fmt: skip
+        step = env.reset()
+        buffer.add(step)
+    logger = Logger(args, run_dir, now["step"] * args.action_repeat, now["rows"])
+    clock, began = time.monotonic() - now["wall_s"], None
+    while now["step"] < total_steps:
+        if now["action"] is None:
+            now["action"], now["carry"] = agent.act(step, now["carry"], explore=True)
+            if now["step"] < args.warmup_steps:  # above, only the carry counted
+                now["action"] = random_action()
+        wanted = updates_due(args, now["step"])
+        while agent.updates < wanted and not interrupt.signal:
+            now["metrics"] |= agent.update(agent.sample(buffer, rng))
+            if agent.updates == 10:
+                began = time.monotonic()
+            elif agent.updates == 30 and began and args.device == "cpu":
+                left = updates_due(args, total_steps) * (time.monotonic() - began) / 20
+                left = tqdm.format_interval(left)
+                tqdm.write(f"on this CPU the updates alone take at least {left}; see --smoke")
+            if agent.updates % 1000 == 0 and agent.updates < wanted:  # a long burst
+                log({})
+                with survive("checkpoint"):
+                    save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
+        if interrupt.signal:
+            break
+
+        if not now["action"].isfinite().all():
+            check_finite(now["metrics"] | {"the action": math.nan}, agent.updates)
+        step = env.step(now["action"])
+        buffer.add(step)
+        now |= {"step": now["step"] + 1, "action": None, "return": now["return"] + step.reward}
+        frames, row = now["step"] * args.action_repeat, {}
+        logger.bar.update(args.action_repeat)
+        if step.last:
+            row["train/return"] = now["return"]
+        if now["step"] % eval_steps == 0 or now["step"] == total_steps:
+            policy = functools.partial(agent.act, explore=False)
+            returns, video = evaluate(policy, eval_env, eval_seed, args.eval_episodes, video_size)
+            now["eval_return"] = row["eval/return"] = returns.mean().item()
+            row["eval/return_std"] = returns.std().item()
+            tqdm.write(f"{frames:,} frames: evaluation {returns.mean():.1f} +- {returns.std():.1f}")
+            state = rng_state()
+            logger.show(frames, agent.images(buffer, np.random.default_rng(0)), video, env.fps)
+            set_rng_state(state)
+        if row:
+            log(row)
+        if step.last:
+            step = env.reset()
+            buffer.add(step)
+            now |= {"carry": None, "return": 0.0}
+            unsaved = frames - now["saved"]
+            if unsaved >= args.checkpoint_every_frames and now["step"] < total_steps:
+                now["saved"] = frames
+                with survive("checkpoint"):
+                    save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
+    now["wall_s"] = time.monotonic() - clock
+    with survive("checkpoint"):
+        save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
+    logger.bar.close()
+    with survive("metrics"):
+        logger.writer.close()
+    env.close()
+    eval_env.close()
+    return summary(args, now, agent.updates)
+
+
+# ---- main (shared: the same text in every script) -----------------------------------------------
+
+
+def summary(args, now, updates):
+    """The numbers of the last line that is printed."""
+    return {"env_id": args.env_id, "script": Path(__file__).stem, "seed": args.seed,
+            "device": args.device, "frames": now["step"] * args.action_repeat, "updates": updates,
+            "wall_s": round(now["wall_s"], 1), "random_return": now["random_return"],
+            "eval_return": now["eval_return"]}  # fmt: skip
+
+
+def play(args):
+    """--evaluate: plays a checkpoint's agent and writes a video beside it."""
+    payload, path = read_checkpoint(args.evaluate, "evaluate", args.device), Path(args.evaluate)
+    chosen = {k: v for k, v in vars(args).items() if k in FREE_ON_RESUME}
+    args = dataclasses.replace(make_args(payload["args"]), **chosen)
+    env = make_env(args, 0, video_size=256)
+    agent = Agent(args, env.spec)
+    agent.load_state_dict(payload["agent"])
+    policy = functools.partial(agent.act, explore=False)
+    returns, video = evaluate(policy, env, args.seed + 2**31, args.eval_episodes, 256 * args.video)
+    env.close()
+    print("returns: " + " ".join(f"{r:.1f}" for r in returns))
+    if video:
+        folder = path if path.is_dir() else path.parent
+        with survive("video"):
+            print(f"video: {write_video(folder / 'evaluation', video, env.fps)}")
+    now = payload["progress"] | {"eval_return": returns.mean().item()}
+    return summary(args, now, payload["updates"])
+
+
+def main(args):
+    """Checks what takes PyTorch and the simulator to check, then trains or plays."""
+    if args.device == "auto":
+        mps = torch.backends.mps.is_available()
+        args.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError) as e:
+        refuse("device", f"{args.device} cannot be used; try auto ({str(e).splitlines()[0]})")
+    if args.evaluate:
+        print("summary " + json.dumps(play(args) | {"run_dir": args.evaluate}))
+        return
+    with require_renderer():
+        env = make_env(args, 0)
+        env.close()
+    rows, row_bytes = replay_rows(args), ReplayBuffer.row_bytes(env.spec)
+    size, free = rows * row_bytes, free_memory(args.device)
+    if size > free:
+        refuse("replay_capacity", f"{rows} rows of {row_bytes} bytes are {size / 2**30:.1f} GiB, "
+               f"{free / 2**30:.1f} are free; at most {int(0.9 * free / row_bytes)}")  # fmt: skip
+    payload, run_dir = None, Path(args.resume)
+    if args.resume:
+        payload = read_checkpoint(run_dir, "resume", args.device)
+        for name, was in vars(make_args(payload["args"])).items():
+            if name not in FREE_ON_RESUME and was != getattr(args, name):
+                refuse(name, f"the run has {was}; for another value start a new run")
+    else:
+        stamp = time.strftime("%Y%m%d-%H%M%S-") + str(os.getpid())
+        names = args.env_id, Path(__file__).stem, str(args.seed), stamp
+        run_dir = Path(args.runs_dir, "__".join(names))
+        try:
+            run_dir.mkdir(parents=True)
+            (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
+        except OSError as e:
+            refuse("runs_dir", f"{run_dir} cannot be made ({e.strerror})")
+    print(f"{args.env_id}, seed {args.seed}, {args.device}, in {run_dir}\nreplay: {rows:,} rows of "
+          f"{row_bytes:,} bytes, {size / 2**30:.2f} GiB of {free / 2**30:.1f} free", flush=True)
+    interrupt = Interrupt()
+    numbers = train(args, run_dir, interrupt, payload)
+    if numbers["frames"] + args.action_repeat <= args.total_frames:
+        print(f"stopped; to go on: python {Path(__file__).name} --resume {run_dir}")
+        sys.exit(128 + interrupt.signal)
+    print("summary " + json.dumps(numbers | {"run_dir": str(run_dir)}))
+
+
+if __name__ == "__main__":
+    main(ARGS)
