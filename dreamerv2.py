@@ -22,24 +22,28 @@ The switches for data efficiency follow Bednarz's study of DreamerV2.
     python dreamerv2.py --env-id walker-walk     # the published hyperparameters
     python dreamerv2.py --evaluate RUN_DIR       # play a trained agent and film it
 
-Shapes: B batch, T time, N states, H imagined steps, C H W image, E embedding of an image, S
-categoricals of K classes (Z = S K numbers, one-hot: z), D recurrent state h, F = Z + D, A action.
+Shapes: B batch, T time, N a batch of images or of states, C H W image (H also: imagined steps),
+E embedding of an image, S categoricals of K classes (z: Z = S K numbers, one-hot), D recurrent
+state h, F = Z + D, A action.
 Units: frame = one control step of the task; step = one decision, held for action_repeat frames;
 update = one gradient update on one batch. Row t of a sequence holds the action that led to it and
 the reward that came with it.
 
 Differences from the paper and the authors' code
-D1  The paper trains on Atari; for control its authors' public configuration is followed, which has
-    smaller networks, dynamics backpropagation alone and 16 sequences of 50. What produced the
-    published curves of the suite is not pinned in their code.
+D1  The paper has Atari and a humanoid; here the authors' public configuration for the suite is
+    followed: smaller networks, dynamics backpropagation alone, 16 sequences of 50. Which one made
+    their published curves of the suite, their repository does not say.
 D2  Sequences come from the running episode too, and every possible start is as likely as every
     other. Theirs draws an ended episode first.
-D3  The truncated normal's inverse CDF is kept within [1e-6, 1 - 1e-6]. Theirs gives NaN beyond.
-D4  Evaluation has an environment, a seed and random numbers of its own, and ten episodes; theirs
-    plays one.
-D5  Everything is float32, theirs float16 in parts. Adam adds its epsilon after bias correction.
-D6  One policy step at a time: the recurrent state starts from zero where an episode starts, as
-    theirs, and after a reset of weights, which theirs lacks.
+D3  Actions come from the truncated normal's inverse CDF, kept within [1e-6, 1 - 1e-6], as float32
+    would reach infinity; theirs from a sampler with a gradient written by hand.
+D4  Evaluation has a seed and random numbers of its own, and ten episodes; theirs plays one.
+D5  All is float32, theirs float16 in parts. Adam's epsilon is PyTorch's, added after bias
+    correction. The actor's mean and deviation are one layer, for which Glorot's bound is lower.
+D6  The target critic starts as a copy of the critic, theirs with weights of its own.
+D7  The switches for data efficiency are ours to the letter: InfoNCE and SPR compare 128 numbers per
+    image, with a target encoder as CURL's; InfoNCE's negatives are the batch without the frames
+    near by; all auxiliary losses have the model's optimizer. A reset comes in mid-episode.
 """
 
 import contextlib
@@ -75,12 +79,12 @@ if sys.platform == "linux":
 
 ACTION_REPEAT = {}  # the authors': 2 for every task
 SMOKE = {
-    "env_id": "cheetah-run", "action_repeat": 4, "total_frames": 32_000, "image_size": 32,
+    "env_id": "cheetah-run", "action_repeat": 4, "total_frames": 40_000, "image_size": 32,
     "render": "fast", "updates_per_step": 0.5, "batch_size": 12, "sequence_length": 12,
     "decoder_kernels": (5, 6, 6), "depth": 8, "categoricals": 8, "classes": 8, "deter_dim": 64,
     "hidden_dim": 64, "head_dim": 64, "head_layers": 2, "horizon": 8, "gamma": 0.98,
     "entropy_weight": 3e-3, "model_lr": 1e-3, "actor_lr": 3e-4, "critic_lr": 4e-4,
-    "eval_every_frames": 8000, "checkpoint_every_frames": 8000,
+    "eval_every_frames": 10_000, "checkpoint_every_frames": 10_000,
 }  # fmt: skip
 
 
@@ -112,7 +116,7 @@ class Args:
     sequence_length: int = 50  # frames per sequence (code 50)
     depth: int = 48  # channels of the first conv layer; each next has twice as many (code 48)
     decoder_kernels: tuple[int, ...] = (5, 5, 6, 6)  # one conv layer of stride 2 each (code)
-    categoricals: int = 32  # in z (paper 32)
+    categoricals: int = 32  # how many z is made of (paper 32)
     classes: int = 32  # of each categorical (paper 32)
     deter_dim: int = 200  # size of h (code 200)
     hidden_dim: int = 200  # width of the hidden layers (code 200)
@@ -125,9 +129,9 @@ class Args:
     kl_balance: float = 0.8  # share of the KL that trains the prior (paper 0.8)
     free_nats: float = 1.0  # mean KL below which it has no gradient (code 1)
     entropy_weight: float = 1e-4  # of the actor's entropy in J(pi) (paper 1e-4)
-    discount_head: bool = False  # learn when an episode ends for good; no task here does
+    discount_head: bool = False  # learn when an episode ends for good; few tasks here do (lqr)
     model_lr: float = 3e-4  # Adam step on J(M) (code 3e-4)
-    actor_lr: float = 8e-5  # Adam step on J(pi) (paper 8e-5)
+    actor_lr: float = 8e-5  # Adam step on J(pi) (code 8e-5)
     critic_lr: float = 8e-5  # Adam step of the critic (code 8e-5)
     weight_decay: float = 1e-6  # what weights lose per update, at any learning rate (paper 1e-6)
     target_every_updates: int = 100  # target networks move at every Nth update (paper 100)
@@ -142,7 +146,7 @@ class Args:
     target_shift: int = 4  # the same for what the target encoder sees [pixels]
     encoder_tau: float = 0.05  # part of the way that the target encoder goes (CURL 0.05)
     infonce_weight: float = 0.0  # of InfoNCE between encoder and target encoder
-    spr_weight: float = 0.0  # of predicting the target encoder's embeddings (SPR)
+    spr_weight: float = 0.0  # of predicting what the target encoder will say (SPR)
     spr_steps: int = 5  # how far ahead (SPR 5)
     mask_ratio: float = 0.0  # of feature map cells hidden in a second reconstruction; 0: none
 
@@ -242,14 +246,17 @@ def check_algorithm(args):
     if decoded != args.image_size:
         refuse("image_size", f"{args.image_size} is not where the --decoder-kernels "
                f"{' '.join(map(str, kernels))} end; use {decoded}")  # fmt: skip
-    rows = min(1000 // args.action_repeat, args.warmup_steps) + 1
-    if not 2 <= args.sequence_length <= rows:
-        refuse("sequence_length", f"{args.sequence_length} is not between 2 and {rows}, what an "
-               "episode and the --warmup-steps leave")  # fmt: skip
+    capacity = max(1000, args.replay_capacity)  # less is refused elsewhere
+    most = min(500 // args.action_repeat, args.warmup_steps // 2, capacity // 4)
+    if not 2 <= args.sequence_length <= most:
+        refuse("sequence_length", f"{args.sequence_length} is not between 2 and {most}: half an "
+               "episode or the --warmup-steps, a quarter of the --replay-capacity")  # fmt: skip
     if args.horizon < 2:
         refuse("horizon", "one imagined step has no return to learn from; at least 2")
     if args.spr_weight and args.spr_steps >= args.sequence_length:
         refuse("spr_steps", f"{args.spr_steps} is not below the --sequence-length")
+    if min(args.model_every_updates, args.behavior_every_updates) > 1:
+        refuse("model_every_updates", "this or --behavior-every-updates must be 1")
 
 
 if __name__ == "__main__":  # up here, so that --help and a wrong flag need not wait for PyTorch
@@ -539,7 +546,7 @@ def truncated_normal(loc, std, uniform):
     cdf_low, cdf_high = torch.special.ndtr(low), torch.special.ndtr(high)
     mass = cdf_high - cdf_low
     p = (cdf_low + uniform * mass).clamp(1e-6, 1 - 1e-6)  # D3: 1 would be infinitely far out
-    x = loc + std * torch.special.ndtri(p)
+    x = loc + std * math.sqrt(2) * torch.erfinv(2 * p - 1)
     action = x + (x.clamp(-1 + 1e-6, 1 - 1e-6) - x).detach()  # clipped, with the gradient of x
     density = [torch.exp(-0.5 * v.square()) / math.sqrt(2 * math.pi) for v in (low, high)]
     entropy = 0.5 * math.log(2 * math.pi * math.e) + torch.log(std * mass)
@@ -555,16 +562,14 @@ def lambda_returns(reward, value, discount, lambda_):
     return torch.stack(returns[:0:-1])
 
 
-def minimize(loss, *optimizers):
-    """One step of each optimizer on `loss`. Gradients go to the optimizers' own parameters and
-    nowhere else, whatever the loss was computed with; an optimizer's have a norm of 100 at most."""
-    groups = [[p for g in o.param_groups for p in g["params"]] for o in optimizers]
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-    loss.backward(inputs=[p for group in groups for p in group])
-    for optimizer, group in zip(optimizers, groups, strict=True):
-        nn.utils.clip_grad_norm_(group, 100.0)
-        optimizer.step()
+def minimize(loss, optimizer):
+    """One step of the optimizer on `loss`. The gradient goes to its own parameters and nowhere
+    else, whatever the loss was computed with, and is clipped to a norm of 100."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    optimizer.zero_grad()
+    loss.backward(inputs=parameters)
+    nn.utils.clip_grad_norm_(parameters, 100.0)
+    optimizer.step()
 
 
 @torch.no_grad()
@@ -578,7 +583,7 @@ def soft_update(net, target, tau):
 
 
 class Encoder(nn.Module):
-    """Images (N, C, H, W) in [-0.5, 0.5] -> embeddings (N, E)."""
+    """Images (N, C, H, W) in [-0.5, 0.5] -> feature maps of two layers, embeddings (N, E)."""
 
     def __init__(self, obs_shape, args):
         super().__init__()
@@ -590,7 +595,8 @@ class Encoder(nn.Module):
         self.net, self.dim = nn.Sequential(*layers, nn.Flatten()), channels * side**2
 
     def forward(self, images):
-        return self.net(images)
+        maps = self.net[:4](images)  # of the second layer, for masked_loss
+        return maps, self.net[4:](maps)
 
 
 class Decoder(nn.Module):
@@ -598,15 +604,17 @@ class Decoder(nn.Module):
 
     def __init__(self, obs_shape, in_dim, args):
         super().__init__()
-        n = len(args.decoder_kernels)
+        n, layers = len(args.decoder_kernels), []
         channels = [args.depth * 2**i for i in (n + 1, *range(n - 2, -1, -1))] + [obs_shape[0]]
-        layers = [nn.Linear(in_dim, channels[0]), nn.Unflatten(1, (channels[0], 1, 1))]
         for i, kernel in enumerate(args.decoder_kernels):
             layers += [nn.ConvTranspose2d(channels[i], channels[i + 1], kernel, 2), nn.ELU()]
-        self.net = nn.Sequential(*layers[:-1])
+        self.fc, self.net = nn.Linear(in_dim, channels[0]), nn.Sequential(*layers[:-1])
 
     def forward(self, features):
-        return self.net(features)
+        first = self.net[0]  # of a single pixel: a matrix product, five times as fast so
+        x = self.fc(features) @ first.weight.flatten(1)  # (N, C * k * k)
+        x = x.unflatten(1, first.weight.shape[1:]) + first.bias[:, None, None]
+        return self.net[1:](x)
 
 
 class RSSM(nn.Module):
@@ -627,8 +635,8 @@ class RSSM(nn.Module):
         return torch.rand(*shape, *self.shape, device=self.gru.weight.device)
 
     def cell(self, x, h):
-        """The GRU: h' (..., D) from x (..., X). One LayerNorm over all gates, and the reset gate
-        inside the tanh's argument as a whole: torch's GRUCell has neither."""
+        """The GRU: h' (..., D) from an input before its ELU. One LayerNorm over all gates, and the
+        reset gate times the tanh's argument as a whole: torch's GRUCell has neither."""
         gates = self.gru_norm(self.gru(torch.cat([F.elu(x), h], -1)))
         reset, candidate, update = gates.chunk(3, -1)
         update = torch.sigmoid(update - 1)
@@ -664,7 +672,8 @@ class RSSM(nn.Module):
             h = self.cell(F.linear(z, w_z) + x[:, t], h)
             post = self.post_out(F.elu(F.linear(h, w_h) + y[:, t])).unflatten(-1, self.shape)
             z = one_hot_sample(post, noise[:, t])
-            zs, hs, logits = [*zs, z], [*hs, h], [*logits, post]
+            for values, value in ((zs, z), (hs, h), (logits, post)):
+                values.append(value)
         h = torch.stack(hs, 1)
         return torch.stack(zs, 1), h, torch.stack(logits, 1), self.prior(h)
 
@@ -701,29 +710,31 @@ class Agent(nn.Module):
         if args.discount_head:
             self.discount = head(f_dim, out_dim=1)
             world += ["discount"]
-        if args.infonce_weight:
-            self.similarity = nn.Linear(128, 128)
-            world += ["projection", "similarity"]
-        if args.spr_weight:
-            self.predictor = head(f_dim, out_dim=128)
-            world += ["predictor"]
         if args.mask_ratio:
             self.masked_decoder = Decoder(spec.obs_shape, e_dim, args)
             self.masked_reward = head(e_dim, out_dim=1)
             world += ["masked_decoder", "masked_reward"]
-        if args.infonce_weight or args.spr_weight:
+        if args.infonce_weight:
+            self.similarity = nn.Linear(128, 128)
+            world += ["similarity"]
+        if args.spr_weight:
+            self.predictor = head(f_dim, out_dim=e_dim)
+            world += ["predictor"]
+        self.has_keys = bool(args.infonce_weight or args.spr_weight)
+        if self.has_keys:
             self.projection = nn.Linear(e_dim, 128)
+            world += ["projection"]
         self.actor = Actor(f_dim, spec.action_dim, args)
         self.critic = head(f_dim, out_dim=1)
         self.apply(weight_init).to(args.device, memory_format=torch.channels_last)
-        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        if args.infonce_weight or args.spr_weight:
+        self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)  # D6
+        if self.has_keys:
             self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
             self.target_projection = copy.deepcopy(self.projection).requires_grad_(False)
 
         transition = ["gru_in", "gru", "gru_norm", "prior_in", "prior_out"]
         self.resettable = {  # what --reset makes fresh
-            "none": [], "transition": [f"rssm.{name}" for name in transition],
+            "transition": [f"rssm.{name}" for name in transition],
             "actor-critic": ["actor", "critic"], "all": [*world, "actor", "critic"]}  # fmt: skip
         self.loss_weights = {"loss/kl": args.kl_scale, "loss/contrastive": args.infonce_weight,
                              "loss/spr": args.spr_weight}  # fmt: skip
@@ -731,7 +742,8 @@ class Agent(nn.Module):
         def adam(names, lr):  # decoupled decay of `weight_decay` per update, whatever lr is
             parameters = [p for name in names for p in self.get_submodule(name).parameters()]
             decay = args.weight_decay / lr
-            return torch.optim.AdamW(parameters, lr, eps=1e-5, weight_decay=decay, fused=True)
+            return torch.optim.AdamW(  # D5
+                parameters, lr, eps=1e-5, weight_decay=decay, fused=True)
 
         # Who trains what: a loss moves the parameters of its own optimizer, nothing else (see
         # minimize), though J(pi) is computed through the model, the reward and the target critic.
@@ -744,11 +756,11 @@ class Agent(nn.Module):
         """Action (A,) for a Step, and the state to carry on; None: an episode starts."""
         obs = torch.as_tensor(step.obs, device=self.args.device)[None, None]
         action = torch.as_tensor(step.action, device=self.args.device)[None, None]
-        resets = self.resets(self.updates)
-        if carry is None or carry["resets"] != resets:  # D6: a state means nothing to new weights
+        resets = self.resets(self.updates - 1)  # so far; the next may come before the next update
+        if carry is None or carry["resets"] != resets:  # a state means nothing to fresh weights
             carry = {"z": None, "h": None}
         is_first = torch.tensor([[carry["z"] is None]], device=obs.device)
-        _, e = self.encode(obs, self.encoder)
+        *_, e = self.encode(obs, self.encoder)
         noise = self.rssm.noise(1, 1)
         z, h, *_ = self.rssm.observe(e, action, is_first, noise, carry["z"], carry["h"])
         loc, std = self.actor(torch.cat([z, h], -1)[0])
@@ -756,9 +768,11 @@ class Agent(nn.Module):
         return action[0].cpu(), {"z": z[0], "h": h[0], "resets": resets}
 
     def encode(self, obs, encoder):
-        """Of uint8 images (B, T, C, H, W): in [-0.5, 0.5] (B * T, C, H, W), embedded (B, T, E)."""
+        """Of uint8 images (B, T, C, H, W): in [-0.5, 0.5] (B * T, C, H, W), their feature maps
+        (B * T, ...), and embeddings (B, T, E)."""
         images = preprocess(obs.flatten(0, 1)) - 0.5
-        return images, encoder(images).unflatten(0, obs.shape[:2])
+        maps, e = encoder(images)
+        return images, maps, e.unflatten(0, obs.shape[:2])
 
     def image_loss(self, means, images):
         """-log N(image | mean, 1), summed over its pixels; both (N, C, H, W)."""
@@ -776,16 +790,17 @@ class Agent(nn.Module):
 
     def kl_loss(self, post, prior):
         """KL of posterior to prior from logits (B, T, S, K); kl_balance of it trains the prior, the
-        rest the posterior. Below free_nats on average it is constant."""
+        rest the posterior. Below free_nats on average it is constant. Also gives the plain KL."""
         to_prior = categorical_kl(post.detach(), prior).mean()  # moves the prior alone
         to_post = categorical_kl(post, prior.detach()).mean()  # moves the posterior alone
         free, balance = self.args.free_nats, self.args.kl_balance
         kl = balance * to_prior.clamp(min=free) + (1 - balance) * to_post.clamp(min=free)
-        return kl  # [DreamerV2 KL]
+        return kl, to_post  # [DreamerV2 KL]
 
     def contrastive_loss(self, e, keys):
         """InfoNCE: the embedding of an image e (B, T, E) must find the key of the same image, moved
-        otherwise, among the keys of the batch (B, T, 128) but for those close by in time."""
+        otherwise, among the keys of the batch (B, T, 128) but for those close by in its sequence.
+        An image that two sequences hold is its own negative, as in CURL."""
         query = self.similarity(self.projection(e)).flatten(0, 1)
         n, T = len(query), e.shape[1]
         t = torch.arange(n, device=e.device)
@@ -802,37 +817,37 @@ class Agent(nn.Module):
             z, h = z[:, :-1], h[:, :-1]  # the last has no image so far ahead
             noise = self.rssm.noise(*z.shape[:2])
             z, h = self.rssm.imagine(z, h, action[:, k:], noise)
-            predicted = self.predictor(torch.cat([z, h], -1))
+            predicted = self.projection(self.predictor(torch.cat([z, h], -1)))
             loss = loss + 2 - 2 * F.cosine_similarity(predicted, keys[:, k:], -1).mean()
         return loss / self.args.spr_steps  # [SPR loss]
 
-    def masked_loss(self, images, reward):
+    def masked_loss(self, maps, images, reward):
         """Reconstruction of whole images (N, C, H, W), and the reward (N, 1), from an embedding for
-        which cells of the feature map after two layers were hidden."""
-        cells = self.encoder.net[:4](images)
-        hidden = torch.rand_like(cells[:, :1]) < self.args.mask_ratio
-        e = self.encoder.net[4:](cells.masked_fill(hidden, 0.0))
+        which cells of the feature maps (N, c, h, w) were hidden."""
+        hidden = torch.rand_like(maps[:, :1]) < self.args.mask_ratio
+        e = self.encoder.net[4:](maps.masked_fill(hidden, 0.0))
         return (self.image_loss(self.masked_decoder(e), images)
                 + self.reward_loss(self.masked_reward(e), reward))  # [MWM light]
 
-    def model_losses(self, batch, images, e, z, h, post, prior):
-        """{name: scalar}, whose weighted sum is J(M)."""
-        args, features = self.args, torch.cat([z, h], -1)  # (B, T, F)
-        losses = {"loss/kl": self.kl_loss(post, prior),
-                  "loss/image": self.image_loss(self.decoder(features.flatten(0, 1)), images),
-                  "loss/reward": self.reward_loss(self.reward(features), batch["reward"])}
+    def model_losses(self, batch, images, maps, e, z, h, post, prior):
+        """{name: scalar} of a batch, its images and what the model makes of them. J(M) is the
+        weighted sum of those that are called loss/..."""
+        args, features, losses = self.args, torch.cat([z, h], -1), {}  # (B, T, F)
+        losses["loss/kl"], losses["stat/kl"] = self.kl_loss(post, prior)
+        losses["loss/image"] = self.image_loss(self.decoder(features.flatten(0, 1)), images)
+        losses["loss/reward"] = self.reward_loss(self.reward(features), batch["reward"])
         if args.discount_head:
             losses["loss/discount"] = self.discount_loss(self.discount(features), batch["discount"])
-        if args.infonce_weight or args.spr_weight:
+        if self.has_keys:
             with torch.no_grad():  # the target follows the encoder by a moving average
                 moved = random_shift(batch["obs"], args.target_shift)
-                keys = self.target_projection(self.encode(moved, self.target_encoder)[1])
+                keys = self.target_projection(self.encode(moved, self.target_encoder)[2])
         if args.infonce_weight:
             losses["loss/contrastive"] = self.contrastive_loss(e, keys)
         if args.spr_weight:
             losses["loss/spr"] = self.spr_loss(z, h, batch["action"], keys)
         if args.mask_ratio:
-            losses["loss/masked"] = self.masked_loss(images, batch["reward"].flatten(0, 1))
+            losses["loss/masked"] = self.masked_loss(maps, images, batch["reward"].flatten(0, 1))
         return losses
 
     def imagine(self, z, h):
@@ -842,7 +857,7 @@ class Agent(nn.Module):
         noise = self.rssm.noise(self.args.horizon, len(z))
         uniform = torch.rand(*noise.shape[:2], self.action_dim, device=z.device)
         for t in range(self.args.horizon):
-            loc, std = self.actor(features[-1].detach())  # no way for J(pi) to earlier actions
+            loc, std = self.actor(features[-1].detach())  # J(pi) goes through the model alone
             action, entropy = truncated_normal(loc, std, uniform[t])
             z, h = self.rssm.imagine(z, h, action, noise[t])
             features.append(torch.cat([z, h], -1))
@@ -859,7 +874,7 @@ class Agent(nn.Module):
         else:
             discount = features.new_full(features.shape[:2], self.args.gamma)
         weights = torch.cat([torch.ones_like(discount[:1]), discount[:-1]]).cumprod(0)
-        return discount, weights.detach()  # the actor is not to end episodes
+        return discount, weights.detach()  # nothing is gained by making later losses weigh less
 
     def returns(self, features, discount):
         """Lambda returns (H, N) of imagined features (H + 1, N, F) with discounts (H + 1, N). State
@@ -903,55 +918,71 @@ class Agent(nn.Module):
     def sample(self, buffer, rng):
         """The sequences that update() takes; the model starts anew at the first row of each."""
         length = self.args.sequence_length
-        batch = buffer.sequences(rng, self.args.batch_size, length, length)
+        batch = buffer.sequences(rng, self.args.batch_size, length, length)  # D2
         batch["is_first"][:, 0] = True
         return batch
 
-    def update(self, batch):
-        """One update from a batch of sample(); metrics as 0-d tensors."""
-        args, optimizers, metrics = self.args, self.optimizers, {}
-        if self.resets(self.updates) > self.resets(self.updates - 1):
-            self.reset()
-        model_due = self.updates % args.model_every_updates == 0
-        with torch.set_grad_enabled(model_due):
-            images, e = self.encode(random_shift(batch["obs"], args.shift), self.encoder)
+    def update_model(self, batch):
+        """One step of the model, if it is due; then states z (B, T, Z), h (B, T, D) as the model
+        before that step saw them, and metrics."""
+        args, due = self.args, self.updates % self.args.model_every_updates == 0
+        with torch.set_grad_enabled(due):
+            images, maps, e = self.encode(random_shift(batch["obs"], args.shift), self.encoder)
             noise = self.rssm.noise(*e.shape[:2])
             states = self.rssm.observe(e, batch["action"], batch["is_first"], noise)
-        if model_due:
-            metrics = self.model_losses(batch, images, e, *states)
-            loss = sum(self.loss_weights.get(name, 1.0) * metrics[name] for name in metrics)
-            minimize(loss, optimizers["model"])  # [Bednarz alg. 1:4]
-            metrics["stat/kl"] = categorical_kl(*states[2:]).mean()
-            if args.infonce_weight or args.spr_weight:
-                soft_update(self.encoder, self.target_encoder, args.encoder_tau)
-                soft_update(self.projection, self.target_projection, args.encoder_tau)
-        if self.updates % args.behavior_every_updates == 0:
-            start = [x.detach().flatten(0, 1) for x in states[:2]]  # the model has its own losses
-            features, entropies = self.imagine(*start)  # [Bednarz alg. 1:5]
-            discount, weights = self.discounts(features, batch["discount"].flatten())
-            returns = self.returns(features, discount)  # [Bednarz alg. 1:6]
-            metrics["loss/actor"] = self.actor_loss(returns, entropies, weights)
-            metrics["loss/critic"] = self.critic_loss(features, returns, weights)
-            minimize(metrics["loss/actor"], optimizers["actor"])  # [Bednarz alg. 1:7]
-            minimize(metrics["loss/critic"], optimizers["critic"])
-            if self.updates % (args.behavior_every_updates * args.target_every_updates) == 0:
-                soft_update(self.critic, self.target_critic, 1.0)
-            metrics |= {"stat/entropy": entropies.mean(), "stat/imagined_return": returns.mean()}
+        if not due:
+            return *states[:2], {}
+        metrics = self.model_losses(batch, images, maps, e, *states)
+        loss = sum(self.loss_weights.get(name, 1.0) * value
+                   for name, value in metrics.items() if name.startswith("loss/"))  # fmt: skip
+        minimize(loss, self.optimizers["model"])
+        if self.has_keys:
+            soft_update(self.encoder, self.target_encoder, args.encoder_tau)
+            soft_update(self.projection, self.target_projection, args.encoder_tau)
+        return *states[:2], metrics
+
+    def update_behavior(self, z, h, first_discount):
+        """One step of actor and critic from states z (N, Z), h (N, D) and their discounts (N,)."""
+        features, entropies = self.imagine(z, h)  # [Bednarz alg. 1:5]
+        discount, weights = self.discounts(features, first_discount)
+        returns = self.returns(features, discount)  # [Bednarz alg. 1:6]
+        actor_loss = self.actor_loss(returns, entropies, weights)
+        critic_loss = self.critic_loss(features, returns, weights)
+        minimize(actor_loss, self.optimizers["actor"])
+        minimize(critic_loss, self.optimizers["critic"])
+        every = self.args.behavior_every_updates * self.args.target_every_updates
+        if self.updates % every == 0:
+            soft_update(self.critic, self.target_critic, 1.0)
+        return {"loss/actor": actor_loss, "loss/critic": critic_loss,
+                "stat/entropy": entropies.mean(), "stat/imagined_return": returns.mean()}
+
+    def update(self, batch):
+        """One update from a batch of sample(); metrics as 0-d tensors."""
+        if self.resets(self.updates) > self.resets(self.updates - 1):
+            self.reset()
+        z, h, metrics = self.update_model(batch)  # [Bednarz alg. 1:4]
+        if self.updates % self.args.behavior_every_updates == 0:
+            start = [x.detach().flatten(0, 1) for x in (z, h)]  # the model has losses of its own
+            discount = batch["discount"].flatten()
+            metrics |= self.update_behavior(*start, discount)  # [Bednarz alg. 1:7]
         self.updates += 1
         return {name: value.detach() for name, value in metrics.items()}
 
     @torch.no_grad()  # for the eye
     def images(self, buffer, rng):
         """{name: uint8 (H, W, 3)}: a sequence over time; below it the model, which sees the first
-        five images and imagines the rest from the actions; below that its error, grey where 0."""
-        batch = {key: column[:1, :20] for key, column in self.sample(buffer, rng).items()}
-        obs, action = batch["obs"], batch["action"]
-        noise = self.rssm.noise(*obs.shape[:2])
-        _, e = self.encode(obs, self.encoder)
-        seen = [x[:, :5] for x in (e, action, batch["is_first"], noise)]
-        z, h, *_ = self.rssm.observe(*seen)
+        five images and imagines the rest from the actions alone; below that its error, grey where
+        there is none."""
+        length = min(self.args.sequence_length, 20)
+        if buffer.row < length:
+            return {}
+        batch = buffer.sequences(rng, 1, length, length)
+        obs, action, noise = batch["obs"], batch["action"], self.rssm.noise(1, length)
+        is_first = torch.arange(length, device=obs.device)[None] == 0
+        *_, e = self.encode(obs, self.encoder)
+        z, h, *_ = self.rssm.observe(*(x[:, :5] for x in (e, action, is_first, noise)))
         features, z, h = [torch.cat([z, h], -1)], z[:, -1], h[:, -1]
-        for t in range(5, obs.shape[1]):
+        for t in range(5, length):
             z, h = self.rssm.imagine(z, h, action[:, t], noise[:, t])
             features.append(torch.cat([z, h], -1)[:, None])
         truth, model = obs[0] / 255, self.decoder(torch.cat(features, 1)[0]) + 0.5

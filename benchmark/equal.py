@@ -196,12 +196,12 @@ def dreamer_pairs(ours, model, behavior):
     """{part: [(our module, their module)]}, as pairs()."""
     a, b = ours.rssm, model.dynamics
     nets = {"encoder": (ours.encoder.net, model.encoder.layers),
-            "decoder": (ours.decoder.net[1:], model.heads["image"]._cnnt_layers),
+            "decoder": (ours.decoder.net, model.heads["image"]._cnnt_layers),
             "reward": (ours.reward, model.heads["reward"]._mean_layers),
             "target critic": (ours.target_critic, behavior._slow_value._mean_layers)}
     out = {name: list(zip(*([m for m in net if hasattr(m, "weight")] for net in both),
                           strict=True)) for name, both in nets.items()}
-    out["decoder"].append((ours.decoder.net[0], model.heads["image"]._linear_layer))
+    out["decoder"].append((ours.decoder.fc, model.heads["image"]._linear_layer))
     out["RSSM"] = [(a.gru_in, b._inp_layers[0]), (a.gru, b._cell._layer),
                    (a.gru_norm, b._cell._norm), (a.prior_in, b._img_out_layers[0]),
                    (a.prior_out, b._ims_stat_layer), (a.post_in, b._obs_out_layers[0]),

@@ -2,6 +2,9 @@
 
 import copy
 import math
+import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -9,7 +12,8 @@ import scipy.optimize
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from conftest import TINY, run, summary, tiny_args
+import tyro
+from conftest import ROOT, TINY, run, summary, tiny_args
 from test_run import assert_same, train
 
 import dreamerv2 as script
@@ -93,17 +97,20 @@ def test_kl_balance_and_free_nats():
         return value.item(), a.grad, b.grad
 
     plain = gradients(lambda a, b: script.categorical_kl(a, b).mean())
-    ours = gradients(agent.kl_loss)
+    ours = gradients(lambda a, b: agent.kl_loss(a, b)[0])
     assert ours[0] == pytest.approx(plain[0], rel=1e-6)
     torch.testing.assert_close(ours[1], 0.2 * plain[1])
     torch.testing.assert_close(ours[2], 0.8 * plain[2])
     exact = torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=x)
                                                 for x in (post, prior))).sum(-1).mean()
     assert plain[0] == pytest.approx(exact.item(), rel=1e-5)
-    below = gradients(make_agent(free_nats=plain[0] + 0.1).kl_loss)
+    assert agent.kl_loss(post, prior)[1].item() == pytest.approx(plain[0], rel=1e-6)
+    generous = make_agent(free_nats=plain[0] + 0.1)
+    below = gradients(lambda a, b: generous.kl_loss(a, b)[0])
     assert below[0] == pytest.approx(plain[0] + 0.1)
     assert below[1].abs().max() == 0 and below[2].abs().max() == 0
-    mean = gradients(make_agent(free_nats=0.9 * plain[0]).kl_loss)  # of the mean, not of each
+    agent = make_agent(free_nats=0.9 * plain[0])
+    mean = gradients(lambda a, b: agent.kl_loss(a, b)[0])  # of the mean, not of each
     assert mean[0] == pytest.approx(plain[0], rel=1e-6)
 
 
@@ -154,14 +161,29 @@ def test_truncated_normal_has_finite_gradients_in_the_corner():
         assert x.isfinite().all() and loc.grad.isfinite().all() and std.grad.isfinite().all()
 
 
-def test_truncated_normals_gradient_is_the_derivative_of_its_mean():
+def test_truncated_normals_gradients_are_the_derivatives_of_its_mean():
     uniform = (torch.arange(200_000) + 0.5).double() / 200_000
-    loc = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    std = torch.tensor(0.6, dtype=torch.float64)
+    loc, std = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.3, 0.6))
     script.truncated_normal(loc, std, uniform)[0].mean().backward()
-    def mean(m):
-        return scipy.stats.truncnorm((-1 - m) / 0.6, (1 - m) / 0.6, m, 0.6).mean()
-    assert loc.grad.item() == pytest.approx((mean(0.301) - mean(0.299)) / 0.002, rel=1e-3)
+
+    def mean(m, s):
+        return scipy.stats.truncnorm((-1 - m) / s, (1 - m) / s, m, s).mean()
+
+    assert loc.grad.item() == pytest.approx((mean(0.301, 0.6) - mean(0.299, 0.6)) / 0.002, rel=1e-3)
+    assert std.grad.item() == pytest.approx((mean(0.3, 0.601) - mean(0.3, 0.599)) / 0.002, rel=1e-3)
+
+
+def test_truncated_normals_entropy_has_gradients_too():
+    loc, std = (torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (0.3, 0.6))
+    script.truncated_normal(loc, std, torch.tensor(0.5))[1].backward()
+
+    def entropy(m, s):
+        return scipy.stats.truncnorm((-1 - m) / s, (1 - m) / s, m, s).entropy()
+
+    slopes = ((entropy(0.301, 0.6) - entropy(0.299, 0.6)) / 0.002,
+              (entropy(0.3, 0.601) - entropy(0.3, 0.599)) / 0.002)
+    assert loc.grad.item() == pytest.approx(slopes[0], rel=1e-3)
+    assert std.grad.item() == pytest.approx(slopes[1], rel=1e-3)
 
 
 def test_the_actors_standard_deviation():
@@ -213,15 +235,15 @@ def test_sizes_of_the_conv_layers():
         if isinstance(layer, torch.nn.Conv2d):
             sides.append(x.shape[-1])
     assert sides == [31, 14, 6, 2] and x.shape == (1, 1536)
-    x, sides = torch.zeros(1, 1224), []
+    x, sides = torch.randn(2, 1224), []
+    y = agent.decoder.fc(x).view(2, 1536, 1, 1)  # no ELU here
     for layer in agent.decoder.net:
-        x = layer(x)
+        y = layer(y)
         if isinstance(layer, torch.nn.ConvTranspose2d):
-            sides.append(x.shape[-1])
+            sides.append(y.shape[-1])
     assert sides == [5, 13, 30, 64]
+    torch.testing.assert_close(agent.decoder(x), y)
     assert isinstance(agent.decoder.net[-1], torch.nn.ConvTranspose2d)  # ends without ELU
-    kinds = [type(layer).__name__ for layer in agent.decoder.net[:3]]
-    assert kinds == ["Linear", "Unflatten", "ConvTranspose2d"]  # none after the linear layer
     elus = [m for m in agent.modules() if isinstance(m, torch.nn.ELU)]
     assert len(elus) == 4 + 3 + 4 * 4  # encoder, decoder, four heads
 
@@ -496,7 +518,7 @@ def test_acting_and_training_see_the_same():
         torch.manual_seed(t)
         uniform.append(torch.rand(1, 1, 3, 4))
     obs, action = (torch.as_tensor(np.stack([s[i] for s in steps]))[None] for i in (0, 2))
-    images, e = agent.encode(obs, agent.encoder)
+    images, _, e = agent.encode(obs, agent.encoder)
     torch.testing.assert_close(images, obs[0] / 255 - 0.5)  # as the decoder's target
     is_first = torch.arange(6)[None] == 0
     h = observe(agent, e, action, is_first, torch.cat(uniform, 1))[1]
@@ -533,7 +555,7 @@ def test_alignment_with_an_environment_that_shows_its_last_action():
 
 
 def test_kl_is_clamped_after_the_mean():
-    """[0.1, 5] has a mean of 2.55; clamped before it would be 3."""
+    """KLs of 0.1 and 1.2 have a mean of 0.65; clamped to 0.6 before, it would be 0.9."""
     agent = make_agent()
 
     def post(kl):  # of two classes against uniform ones
@@ -545,7 +567,8 @@ def test_kl_is_clamped_after_the_mean():
     kl = script.categorical_kl(logits, torch.zeros_like(logits))
     torch.testing.assert_close(kl, torch.tensor([[0.1, 1.2]]), rtol=1e-4, atol=1e-5)
     agent.args.free_nats = 0.6
-    assert agent.kl_loss(logits, torch.zeros_like(logits)).item() == pytest.approx(0.65, rel=1e-4)
+    kl = agent.kl_loss(logits, torch.zeros_like(logits))[0]
+    assert kl.item() == pytest.approx(0.65, rel=1e-4)
 
 
 # ---- data efficiency ---------------------------------------------------------------------------
@@ -561,7 +584,7 @@ def test_everything_is_off_by_default():
     assert args.reset == "none" and args.shift == 0 and agent.resets(10**9) == 0
 
 
-@pytest.mark.parametrize("model, behavior", [(2, 1), (1, 3), (2, 3)])
+@pytest.mark.parametrize("model, behavior", [(2, 1), (1, 3)])
 def test_replay_ratios_apart(model, behavior):
     agent = make_agent(model_every_updates=model, behavior_every_updates=behavior,
                        target_every_updates=2)
@@ -633,12 +656,12 @@ def test_spr_by_loops(monkeypatch):
                 zt, ht = z[b, t], h[b, t]
                 for j in range(1, k + 1):
                     zt, ht = agent.rssm.imagine(zt, ht, action[b, t + j], torch.full((3, 4), 0.5))
-                predicted = agent.predictor(torch.cat([zt, ht]))
+                predicted = agent.projection(agent.predictor(torch.cat([zt, ht])))
                 errors.append((F.normalize(predicted, dim=0)
                                - F.normalize(keys[b, t + k], dim=0)).square().sum())
         brute += sum(errors) / len(errors) / 3
     torch.testing.assert_close(agent.spr_loss(z, h, action, keys), brute)
-    monkeypatch.setattr(agent.predictor, "forward", lambda f: 3 * keys[:, -f.shape[1] :])
+    monkeypatch.setattr(agent.projection, "forward", lambda f: 3 * keys[:, -f.shape[1] :])
     assert agent.spr_loss(z, h, action, keys).abs().item() < 1e-5  # 0 at best
 
 
@@ -648,7 +671,11 @@ def test_the_target_encoder_follows_slowly_and_sees_other_shifts(monkeypatch):
     forward = agent.target_encoder.forward
     monkeypatch.setattr(agent.target_encoder, "forward", lambda x: (seen.append(x), forward(x))[1])
     batch = make_batch(agent)
+    projection = agent.target_projection.weight.clone()
     agent.update(batch)
+    torch.testing.assert_close(agent.target_projection.weight,
+                               0.3 * agent.projection.weight.detach() + 0.7 * projection)
+    assert not torch.equal(agent.projection.weight, projection)  # SPR alone trains it
     for p, q, target in zip(agent.encoder.parameters(), old.parameters(),
                             agent.target_encoder.parameters(), strict=True):
         torch.testing.assert_close(target, 0.3 * p.detach() + 0.7 * q)
@@ -658,24 +685,22 @@ def test_the_target_encoder_follows_slowly_and_sees_other_shifts(monkeypatch):
 
 
 def test_masking_hides_cells_of_the_feature_map_in_a_second_reconstruction_only():
-    images, reward = torch.rand(4, 3, 28, 28) - 0.5, torch.rand(4, 1)
     sizes = {"image_size": 64, "decoder_kernels": (5, 5, 6, 6)}
-    images = torch.rand(4, 3, 64, 64) - 0.5
+    images, reward = torch.rand(4, 3, 64, 64) - 0.5, torch.rand(4, 1)
     losses = {}
     for ratio in (1e-9, 0.5, 1.0):
-        agent = make_agent(mask_ratio=ratio, **sizes)
-        maps = []
+        agent, maps = make_agent(mask_ratio=ratio, **sizes), []
+        whole, e = agent.encoder(images)
         agent.encoder.net[4].register_forward_hook(lambda m, x, y, maps=maps: maps.append(x[0]))
-        losses[ratio] = agent.masked_loss(images, reward).item()
+        losses[ratio] = agent.masked_loss(whole, images, reward).item()
         hidden = (maps[0] == 0).all(1)  # (4, 14, 14)
         assert hidden.float().mean().item() == pytest.approx(ratio, abs=0.08)
         if ratio == 0.5:
             assert (hidden[0] != hidden[1]).any()  # each image's own
-    agent = make_agent(mask_ratio=1e-9, **sizes)
-    e = agent.encoder(images)
-    plain = (agent.image_loss(agent.masked_decoder(e), images)
-             + agent.reward_loss(agent.masked_reward(e), reward))
-    assert losses[1e-9] == pytest.approx(plain.item(), rel=1e-5)
+        if ratio == 1e-9:
+            plain = (agent.image_loss(agent.masked_decoder(e), images)
+                     + agent.reward_loss(agent.masked_reward(e), reward)).item()
+    assert losses[1e-9] == pytest.approx(plain, rel=1e-5)
     with_it, without = (make_agent(mask_ratio=r) for r in (0.5, 0.0))
     for name, value in without.state_dict().items():
         with_it.state_dict()[name].copy_(value)
@@ -686,15 +711,125 @@ def test_masking_hides_cells_of_the_feature_map_in_a_second_reconstruction_only(
     assert metrics[0]["loss/image"] == metrics[1]["loss/image"]  # sees everything
 
 
+def test_losses_are_made_of_the_right_things(monkeypatch):
+    """Each loss of model_losses against its own formula written out: value, and gradient into
+    everything that the model made of the batch."""
+    agent, batch = make_agent(free_nats=0.0, **ALL), None
+    batch = make_batch(agent)
+    batch["discount"][0, 3] = 0.0
+    noise = torch.rand(3, 6, 3, 4)
+    monkeypatch.setattr(agent.rssm, "noise", lambda *shape: torch.full((*shape, 3, 4), 0.5))
+    monkeypatch.setattr(script, "random_shift", lambda obs, pixels: obs)
+    images, maps, e = agent.encode(batch["obs"], agent.encoder)
+    z, h, post, prior = agent.rssm.observe(e, batch["action"], batch["is_first"], noise)
+    made = images, maps, e, z, h, post, prior
+    torch.manual_seed(7)
+    losses = agent.model_losses(batch, *made)
+    features = torch.cat([z, h], -1)
+    keys = agent.target_projection(agent.target_encoder(images)[1]).unflatten(0, (3, 6)).detach()
+    torch.manual_seed(7)
+    expected = {
+        "loss/kl": 0.8 * script.categorical_kl(post.detach(), prior).mean()
+        + 0.2 * script.categorical_kl(post, prior.detach()).mean(),
+        "loss/image": 0.5 * (agent.decoder(features.flatten(0, 1)) - images).square().sum() / 18
+        + 0.918939 * 507,
+        "loss/reward": 0.5 * (agent.reward(features) - batch["reward"]).square().mean() + 0.918939,
+        "loss/discount": F.binary_cross_entropy_with_logits(
+            agent.discount(features), 0.99 * batch["discount"]),
+        "loss/contrastive": agent.contrastive_loss(e, keys),
+        "loss/spr": agent.spr_loss(z, h, batch["action"], keys),
+        "loss/masked": agent.masked_loss(maps, images, batch["reward"].view(18, 1)),
+    }
+    assert set(losses) == {*expected, "stat/kl"}
+    sources = [maps, e, z, h, post, prior]
+    for name, value in expected.items():
+        torch.testing.assert_close(losses[name], value, rtol=1e-5, atol=1e-5)
+        ours, theirs = (torch.autograd.grad(x, sources, allow_unused=True, retain_graph=True)
+                        for x in (losses[name], value))
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a is None) == (b is None), name
+            if a is not None:
+                torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    reached = {name: torch.autograd.grad(losses[name], maps, retain_graph=True,
+                                         allow_unused=True)[0] for name in expected}
+    assert all(g is not None and g.abs().max() > 0 for g in reached.values())  # the encoder
+
+
+@pytest.mark.parametrize("way", [0, 1])
+def test_gradients_go_back_through_time_by_z_and_by_h(way):
+    """From the last state to the first, three steps before, each way on its own."""
+    agent = make_agent()
+    e, action, is_first, uniform = inputs(agent, T=3)
+    start = [torch.rand(3, 12), torch.randn(3, 5)]
+    start[way].requires_grad_()
+    h = agent.rssm.observe(e, action, is_first, uniform, *start)[1]
+    assert torch.autograd.grad(h[:, -1].sum(), start[way])[0].abs().max() > 0
+
+
+def test_the_entropy_moves_the_actor():
+    agent = make_agent(entropy_weight=0.5)
+    for net in (agent.reward, agent.target_critic):
+        for p in net.parameters():
+            p.data.zero_()
+    features, entropies = agent.imagine(torch.rand(3, 12), torch.randn(3, 5))
+    discount, weights = agent.discounts(features, torch.ones(3))
+    parameters = [*agent.actor.parameters()]
+    loss = agent.actor_loss(agent.returns(features, discount), entropies, weights)
+    brute = -0.5 * (weights[:3] * entropies[:3]).mean()
+    for a, b in zip(*(torch.autograd.grad(x, parameters, retain_graph=True)
+                      for x in (loss, brute)), strict=True):
+        torch.testing.assert_close(a, b)
+        assert a.abs().max() > 0
+
+
+def test_the_published_numbers_are_the_defaults():
+    wanted = {  # dmc_vision in the authors' configs.yaml
+        "warmup_steps": 1000, "pretrain_updates": 100, "updates_per_step": 0.2, "batch_size": 16,
+        "sequence_length": 50, "image_size": 64, "replay_capacity": 2_000_000, "depth": 48,
+        "decoder_kernels": (5, 5, 6, 6), "categoricals": 32, "classes": 32, "deter_dim": 200,
+        "hidden_dim": 200, "head_dim": 400, "head_layers": 4, "horizon": 15, "gamma": 0.99,
+        "return_lambda": 0.95, "kl_scale": 1.0, "kl_balance": 0.8, "free_nats": 1.0,
+        "entropy_weight": 1e-4, "model_lr": 3e-4, "actor_lr": 8e-5, "critic_lr": 8e-5,
+        "weight_decay": 1e-6, "target_every_updates": 100, "discount_head": False}
+    assert {name: getattr(script.Args(), name) for name in wanted} == wanted
+    assert script.ACTION_REPEAT == {}  # so 2 for every task
+    args = script.Args()
+    assert [script.updates_due(args, step) for step in (999, 1000, 1004, 1005, 1010, 500_000)] == [
+        0, 100, 100, 101, 102, 99_900]
+
+
+def test_a_terminal_start_has_no_future(monkeypatch):
+    agent, seen = make_agent(discount_head=True), []
+    discounts = agent.discounts
+    monkeypatch.setattr(agent, "discounts", lambda f, first: (seen.append(first),
+                                                              discounts(f, first))[1])
+    batch = make_batch(agent)
+    batch["discount"][1, 5] = 0.0
+    agent.update(batch)
+    assert torch.equal(seen[0].view(3, 6), batch["discount"][..., 0])
+
+
+def test_only_an_optimizers_own_parameters_get_gradients():
+    agent = make_agent()
+    z, h, _ = agent.update_model(make_batch(agent))
+    before = {n: p.grad.clone() for n, p in agent.named_parameters() if p.grad is not None}
+    assert not any(n.startswith(("actor", "critic")) for n in before)
+    agent.update_behavior(z.detach().flatten(0, 1), h.detach().flatten(0, 1), torch.ones(18))
+    for name, p in agent.named_parameters():
+        if name in before:
+            assert torch.equal(p.grad, before[name]), name  # also of the model's, after J(pi)
+
+
 def test_weights_of_the_auxiliary_losses(monkeypatch):
     """J(M) is the weighted sum; the logged losses are without their weights."""
-    agent = make_agent(infonce_weight=2.0, spr_weight=3.0, spr_steps=2, kl_scale=5.0)
+    agent = make_agent(infonce_weight=2.0, spr_weight=3.0, spr_steps=2, kl_scale=5.0,
+                       mask_ratio=0.5, discount_head=True)
     totals, minimize = [], script.minimize
     monkeypatch.setattr(script, "minimize", lambda loss, *o: (totals.append(loss.item()),
                                                               minimize(loss, *o))[1])
     m = agent.update(make_batch(agent))
     total = (m["loss/image"] + m["loss/reward"] + 5 * m["loss/kl"] + 2 * m["loss/contrastive"]
-             + 3 * m["loss/spr"])
+             + 3 * m["loss/spr"] + m["loss/masked"] + m["loss/discount"])
     assert totals[0] == pytest.approx(total.item(), rel=1e-5)
 
 
@@ -770,33 +905,35 @@ def test_resets_come_on_time_and_are_followed_by_catch_up_updates(every, extra, 
     assert calls == [n for n in resets if n < 20]
 
 
-def test_a_reset_makes_acting_start_anew():
-    agent = make_agent(reset="transition", reset_every_updates=5, catch_up_updates=2)
-    steps = list(episode(np.random.default_rng(0), 3))
-    _, carry = agent.act(steps[0], None, explore=False)
-    torch.manual_seed(0)
-    _, kept = agent.act(steps[1], carry, explore=False)
-    agent.updates = 5  # the reset comes with the next update
-    torch.manual_seed(0)
-    _, forgot = agent.act(steps[1], carry, explore=False)
-    torch.manual_seed(0)
-    _, new = agent.act(steps[1], None, explore=False)
-    assert torch.equal(forgot["h"], new["h"]) and not torch.equal(kept["h"], new["h"])
-    torch.manual_seed(0)
-    _, on = agent.act(steps[2], forgot, explore=False)  # and goes on from there
-    torch.manual_seed(0)
-    _, anew = agent.act(steps[2], None, explore=False)
-    assert not torch.equal(on["h"], anew["h"])
+@pytest.mark.parametrize("extra", [0, 2])
+def test_a_reset_makes_acting_start_anew(extra):
+    agent = make_agent(reset="transition", reset_every_updates=3, catch_up_updates=extra)
+    steps, batch = list(episode(np.random.default_rng(0), 3)), make_batch(agent)
+
+    def act(step, carry):
+        torch.manual_seed(0)
+        return agent.act(step, carry, explore=False)[1]
+
+    for _ in range(3):
+        agent.update(batch)
+    carry = act(steps[0], None)  # the reset comes with the next update
+    assert not torch.equal(act(steps[1], carry)["h"], act(steps[1], None)["h"])
+    agent.update(batch)
+    assert agent.resets(agent.updates - 1) == 1
+    new = act(steps[1], carry)
+    assert torch.equal(new["h"], act(steps[1], None)["h"])
+    assert not torch.equal(act(steps[2], new)["h"], act(steps[2], None)["h"])  # goes on from there
 
 
-@pytest.mark.parametrize("after", [130, 170])  # looks at the signal: steps and updates
+@pytest.mark.parametrize("after", [130, 145])  # looks at the signal: steps and updates
 def test_a_run_resumes_across_a_reset(tmp_path, after):
+    """Stopped before the first catch-up updates, and in their middle."""
     changes = {"reset": "all", "reset_every_updates": 40, "catch_up_updates": 15, **ALL}
     undisturbed = train(script, tmp_path / "one", **changes)[1]
     assert undisturbed["updates"] == 149 + 3 * 15
     run_dir = tmp_path / "two"
     _, stopped = train(script, run_dir, after, **changes)
-    assert 0 < stopped["updates"] < 195
+    assert stopped["updates"] in (range(20, 40) if after == 130 else range(41, 55))
     _, resumed = train(script, run_dir, payload=stopped, **changes)
     assert_same(undisturbed, resumed)
 
@@ -811,33 +948,31 @@ def test_the_open_loop_strip(monkeypatch):
     torch.manual_seed(0)
     strip = agent.images(buffer, np.random.default_rng(3))["open_loop"]
     assert strip.shape == (39, 8 * 13, 3) and strip.dtype == np.uint8
-    obs = agent.sample(buffer, np.random.default_rng(3))["obs"][0]
+    obs = buffer.sequences(np.random.default_rng(3), 1, 8, 8)["obs"][0]
     truth = obs.permute(2, 0, 3, 1).flatten(1, 2).numpy()
     assert np.array_equal(strip[:13], truth)
     model, error = strip[13:26].astype(float), strip[26:].astype(float)
     assert np.abs((model - truth + 255) / 2 - error).max() <= 1
-    sample = agent.sample
+    sequences = buffer.sequences
 
-    def changed(*x):  # the same, but black from the sixth image on
-        batch = sample(*x)
-        batch["obs"][:, 5:] = 0
-        return batch
+    def changed(key, rows, value):
+        """The strip where a column of those rows is another."""
+        def other(*x):
+            batch = sequences(*x)
+            batch[key][:, rows] = value
+            return batch
 
-    monkeypatch.setattr(agent, "sample", changed)
-    torch.manual_seed(0)
-    other = agent.images(buffer, np.random.default_rng(3))["open_loop"]
-    assert np.array_equal(other[13:26], strip[13:26]) and (other[:13, 5 * 13 :] == 0).all()
+        monkeypatch.setattr(buffer, "sequences", other)
+        torch.manual_seed(0)
+        return agent.images(buffer, np.random.default_rng(3))["open_loop"]
 
-    def other_actions(*x):
-        batch = sample(*x)
-        batch["action"][:, 5:] += 1
-        return batch
-
-    monkeypatch.setattr(agent, "sample", other_actions)
-    torch.manual_seed(0)
-    moved = agent.images(buffer, np.random.default_rng(3))["open_loop"]
+    black = changed("obs", slice(5, 8), 0)  # the model does not see these
+    assert np.array_equal(black[13:26], strip[13:26]) and (black[:13, 5 * 13 :] == 0).all()
+    assert not np.array_equal(changed("obs", slice(0, 5), 255)[13:26], strip[13:26])
+    moved = changed("action", slice(5, 8), 1)
     assert np.array_equal(moved[13:26, : 5 * 13], strip[13:26, : 5 * 13])
     assert not np.array_equal(moved[13:26, 5 * 13 :], strip[13:26, 5 * 13 :])
+    assert agent.images(fill(rows=7), np.random.default_rng(3)) == {}  # too early
 
 
 def test_a_static_toy_task_is_solved():
@@ -859,21 +994,32 @@ def test_a_static_toy_task_is_solved():
     assert agent.act(step, None, explore=False)[0].item() == pytest.approx(0.5, abs=0.2)
 
 
-def test_the_readmes_study_is_accepted():
-    """Every command line of the study's table, and what it says is left out."""
-    import shlex
-
-    import tyro
-    from conftest import ROOT
-
+def test_the_studies_are_accepted():
+    """Every command line of the README's table, and of benchmark/studies.py, whose parts are each
+    left out once."""
     text = (ROOT / "README.md").read_text().split("## DreamerV2")[1].split("\n## ")[0]
-    rows = [line for line in text.splitlines() if line.startswith("| ") and "--" in line]
-    assert len(rows) >= 8
-    for row in rows:
-        for flags in row.split("`")[1::2]:
-            if flags.startswith("--"):
-                args = tyro.cli(script.Args, args=shlex.split(flags))
-                script.check_algorithm(args)
+    rows = [row.split("|")[2] for row in text.splitlines() if row.startswith("| ") and "--" in row]
+    lines = [flags for row in rows for flags in row.split("`")[1::2]]
+    assert len(rows) == 8 and len(lines) > 8
+    study = subprocess.run([sys.executable, ROOT / "benchmark" / "studies.py",
+                            "dreamerv2-efficiency"], capture_output=True, text=True, check=True)
+    commands = [line.partition("  # ") for line in study.stdout.splitlines()]
+    named = {name: command.split("dreamerv2.py ")[1] for command, _, name in commands}
+    parts = [name.removesuffix(" alone") for name in named if name.endswith(" alone")]
+    assert set(named) == {"none", "all", *(f"all but {p}" for p in parts),
+                          *(f"{p} alone" for p in parts)} and len(parts) == 6
+
+    def changed(flags):
+        args = tyro.cli(script.Args, args=shlex.split(flags))
+        args.action_repeat = 2
+        script.check_algorithm(args)
+        return {k for k, v in vars(args).items() if v != vars(script.Args())[k]}
+
+    for flags in lines:
+        assert changed(flags)
+    for part in parts:
+        alone, rest = changed(named[f"{part} alone"]), changed(named[f"all but {part}"])
+        assert alone - changed(named["none"]) == changed(named["all"]) - rest != set()
 
 
 def test_a_tiny_run_with_everything_on(tmp_path):
