@@ -404,9 +404,8 @@ class ReplayBuffer:
         """Appends a Step."""
         slot, before = self.row % self.capacity, (self.row - 1) % self.capacity
         self.start[slot] = self.row if step.first else self.start[before]
-        values = step.obs, step.action, step.reward, step.discount
-        for column, value in zip(self.columns.values(), values, strict=True):
-            column[slot] = torch.as_tensor(value)
+        for name, column in self.columns.items():
+            column[slot] = torch.as_tensor(getattr(step, name))
         self.row += 1
 
     def draw(self, rng, count, first, length, together):

@@ -34,7 +34,7 @@ BAD = [
     ("--eval-episodes 0", "--eval-episodes", "above zero"),
     ("--device cuda:77", "--device", "try auto"),
     ("--device quantum", "--device", "try auto"),
-    ("--total-frames 100000000 --image-size 1024 --render fast", "--replay-capacity", "at most"),
+    ("--total-frames 9999999999 --replay-capacity 999999999", "--replay-capacity", "at most"),
     ("--resume /nowhere", "--resume", "/nowhere"),
     ("--evaluate /nowhere", "--evaluate", "/nowhere"),
     ("--track", "--track", "pip install wandb"),

@@ -1,5 +1,5 @@
 """The smoke runs learn: much better than random, from pixels, within minutes. SMOKE_SEEDS="1 2 3"
-chooses the seeds; CI takes one."""
+chooses the seeds (CI takes one), SMOKE_THREADS how many cores a run has."""
 
 import csv
 import os
@@ -16,7 +16,8 @@ from conftest import ROOT, SCRIPTS, run, summary
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_smoke_run_learns(name, seed, tmp_path):
     """1.5 times the random policy's return plus 10, and 3 standard errors above it."""
-    env = {**os.environ, "OMP_NUM_THREADS": str(os.cpu_count())}
+    threads = os.environ.get("SMOKE_THREADS", str(os.cpu_count()))
+    env = {**os.environ, "OMP_NUM_THREADS": threads}
     numbers = summary(run(name, f"--smoke --seed {seed} --runs-dir {tmp_path}", env=env))
     with open(Path(numbers["run_dir"], "metrics.csv"), newline="") as file:
         spread = float(list(csv.DictReader(file))[-1]["eval/return_std"])
