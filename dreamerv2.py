@@ -969,9 +969,9 @@ class Agent(nn.Module):
 
     @torch.no_grad()  # for the eye
     def images(self, buffer, rng):
-        """{name: uint8 (H, W, 3)}: a sequence over time; below it the model, which sees the first
-        five images and imagines the rest from the actions alone; below that its error, grey where
-        there is none."""
+        """A sequence of T images; the model, which sees the first five and imagines the others from
+        the actions alone; its error, grey where there is none. {"open_loop": the three one below
+        the other, uint8 (3 H, T W, 3), "film": side by side, enlarged, (T, 4 H, 12 W, 3)}."""
         length = min(self.args.sequence_length, 20)
         if buffer.row < length:
             return {}
@@ -986,8 +986,10 @@ class Agent(nn.Module):
             features.append(torch.cat([z, h], -1)[:, None])
         truth, model = obs[0] / 255, self.decoder(torch.cat(features, 1)[0]) + 0.5
         rows = torch.stack([truth, model, (model - truth + 1) / 2])  # (3, T, C, H, W)
-        strip = (rows * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 3, 1, 4, 2)
-        return {"open_loop": strip.flatten(2, 3).flatten(0, 1).cpu().numpy()}
+        rows = (rows * 255).round().clamp(0, 255).to(torch.uint8).cpu()
+        film = F.interpolate(rows.permute(1, 2, 3, 0, 4).flatten(3), scale_factor=4)
+        return {"open_loop": rows.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy(),
+                "film": film.permute(0, 2, 3, 1).numpy()}
 
 
 # ---- evaluate (shared: the same text in every script) -------------------------------------------
@@ -1084,13 +1086,17 @@ class Logger:
         self.bar.set_postfix(shown)
 
     def show(self, frames, images, video, fps):
-        """Writes {name: uint8 (H, W, 3)} as PNG and to TensorBoard, and the video."""
+        """Writes {name: uint8 (H, W, 3)} as PNG and to TensorBoard, and the video; a (T, H, W, 3)
+        among the images is one too."""
+        videos = {"": video} | {f"_{k}": v for k, v in images.items() if v.ndim == 4}
         with survive("images"):
             for name, image in images.items():
-                imageio.imwrite(self.run_dir / f"images/{frames:09d}_{name}.png", image)
-                self.writer.add_image(name, image, frames, dataformats="HWC")
-            if video:
-                write_video(self.run_dir / f"videos/{frames:09d}", video, fps)
+                if image.ndim == 3:
+                    imageio.imwrite(self.run_dir / f"images/{frames:09d}_{name}.png", image)
+                    self.writer.add_image(name, image, frames, dataformats="HWC")
+            for name, film in videos.items():
+                if len(film):
+                    write_video(self.run_dir / f"videos/{frames:09d}{name}", film, fps)
 
 
 def write_file(payload, path, previous=None):

@@ -844,13 +844,17 @@ class Logger:
         self.bar.set_postfix(shown)
 
     def show(self, frames, images, video, fps):
-        """Writes {name: uint8 (H, W, 3)} as PNG and to TensorBoard, and the video."""
+        """Writes {name: uint8 (H, W, 3)} as PNG and to TensorBoard, and the video; a (T, H, W, 3)
+        among the images is one too."""
+        videos = {"": video} | {f"_{k}": v for k, v in images.items() if v.ndim == 4}
         with survive("images"):
             for name, image in images.items():
-                imageio.imwrite(self.run_dir / f"images/{frames:09d}_{name}.png", image)
-                self.writer.add_image(name, image, frames, dataformats="HWC")
-            if video:
-                write_video(self.run_dir / f"videos/{frames:09d}", video, fps)
+                if image.ndim == 3:
+                    imageio.imwrite(self.run_dir / f"images/{frames:09d}_{name}.png", image)
+                    self.writer.add_image(name, image, frames, dataformats="HWC")
+            for name, film in videos.items():
+                if len(film):
+                    write_video(self.run_dir / f"videos/{frames:09d}{name}", film, fps)
 
 
 def write_file(payload, path, previous=None):

@@ -946,11 +946,17 @@ def test_the_open_loop_strip(monkeypatch):
     agent = make_agent(sequence_length=8)
     buffer = fill()
     torch.manual_seed(0)
-    strip = agent.images(buffer, np.random.default_rng(3))["open_loop"]
+    images = agent.images(buffer, np.random.default_rng(3))
+    strip = images["open_loop"]
     assert strip.shape == (39, 8 * 13, 3) and strip.dtype == np.uint8
     obs = buffer.sequences(np.random.default_rng(3), 1, 8, 8)["obs"][0]
     truth = obs.permute(2, 0, 3, 1).flatten(1, 2).numpy()
     assert np.array_equal(strip[:13], truth)
+    film = images["film"]  # the same over time
+    assert film.shape == (8, 52, 3 * 52, 3)
+    for t in range(8):
+        assert np.array_equal(np.hstack(np.split(strip[:, 13 * t : 13 * t + 13], 3)),
+                              film[t, ::4, ::4])
     model, error = strip[13:26].astype(float), strip[26:].astype(float)
     assert np.abs((model - truth + 255) / 2 - error).max() <= 1
     sequences = buffer.sequences
