@@ -1,0 +1,1348 @@
+# /// script
+# requires-python = ">=3.10,<3.13"
+# dependencies = [
+#     "torch>=2.10,<2.14", "numpy>=2,<2.6", "dm_control==1.0.50", "mujoco>=3.17,<4", "tyro>=1,<2",
+#     "tensorboard>=2.20,<3", "imageio>=2.37,<3", "tqdm>=4.66,<5", "pytest>=8",
+# ]
+# ///
+"""PEARL from pixels: an agent that finds out which task it is in from a few trajectories.
+
+Rakelly et al. 2019, Efficient Off-Policy Meta-Reinforcement Learning via Probabilistic Context
+Variables, https://arxiv.org/abs/1903.08254; the authors' code: https://github.com/katerakelly/oyster
+From pixels: designs 1 to 3 of Marshall & Khasar (--obs-mode cnn-test, cnn, cnn-rl), and two more.
+
+    context {(x, a, r)} --> MLP --> a Gaussian each --> their product q(z | c) --> z
+                        J(Q) and KL(q || N(0, I)) train it
+    x, z -x-> actor     x, a, z --> Q1, Q2     x, z -x-> V      x: z carries no gradient
+    image --> CNN --> x, trained by the state's regression, J(Q), or a reconstruction
+
+    python pearl_pixels.py --smoke                  # a visible result in minutes on a laptop
+    python pearl_pixels.py --env-id cheetah-vel     # meta-training on 20 target velocities
+    python pearl_pixels.py --evaluate RUN_DIR       # adapt to new tasks and film it
+
+Shapes: T tasks, B transitions each, N transitions of context each, K stacked images, C H W image,
+S state, X features x, L latent z, A action.
+Units: frame = step = one decision (action repeat 1); a trajectory is `horizon` steps of one task;
+update = one gradient update on T tasks.
+
+Differences from the paper and the authors' code
+D1  z is drawn once per update; theirs draws twice and drops the first.
+D2  Layers start as PyTorch's; theirs from rlkit's rule by fan-out.
+D3  One joint step on J(Q) and the KL; theirs adds two backward passes: the same gradient.
+D4  No recurrent encoder: theirs is marked as broken.
+"""
+
+import contextlib
+import copy
+import csv
+import ctypes
+import dataclasses
+import difflib
+import functools
+import importlib.util
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import tyro
+
+if sys.platform == "linux":
+    if not os.environ.get("DISPLAY"):  # dm_control would choose GLFW, which needs a screen
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    # glibc would map the memory of every large tensor anew; keeping it is up to 1.6 times as fast
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
+
+# ---- Args --------------------------------------------------------------------------------------
+
+ACTION_REPEAT = dict.fromkeys(())
+SMOKE = {
+    "env_id": "pendulum-goal2", "obs_mode": "critic", "image_size": 32, "render": "fast",
+    "total_frames": 20_400, "initial_steps": 100, "tasks_per_iteration": 2, "prior_steps": 50,
+    "posterior_steps": 0, "extra_steps": 50, "updates_per_iteration": 50, "meta_batch": 2,
+    "batch_size": 32, "context_size": 32, "latent_dim": 2, "hidden_dim": 128, "context_dim": 128,
+    "filters": 16, "conv_strides": (2, 2, 1), "feature_dim": 32, "lr": 1e-3, "cnn_lr": 1e-3,
+    "gamma": 0.9, "tau": 0.01, "kl_lambda": 0.01, "eval_every_frames": 5000, "eval_episodes": 20,
+    "context_trajectories": 2,
+}  # fmt: skip
+
+
+@dataclasses.dataclass
+class Args:
+    # every script
+    env_id: str = "cheetah-vel"  # <domain>-<task> of the dm_control suite
+    seed: int = 1  # of environment, networks and sampling; evaluation has its own
+    total_frames: int = 520_000  # length of the run [frames]
+    action_repeat: int = 1  # frames per step; 0: the published value for the task
+    image_size: int = 64  # side of the square image [pixels]
+    render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there, else mps, else cpu
+    replay_capacity: int = 1_000_000  # rows, one per step and episode start, or the run's if less
+    batch_size: int = 64  # samples per update (transitions of each task; code 256)
+    eval_every_frames: int = 20_000  # distance between evaluations [frames]
+    eval_episodes: int = 2  # episodes per evaluation (of each test task and number of contexts)
+    checkpoint_every_frames: int = 1000  # at the first episode end after so many [frames]
+    runs_dir: str = "runs"  # where the run's folder is made
+    resume: str = ""  # run folder to go on with; its arguments become the defaults
+    evaluate: str = ""  # run folder or checkpoint to play and film instead of training
+    smoke: bool = False  # small images and networks that learn visibly in minutes on two CPU cores
+    track: bool = False  # log to Weights & Biases too, if it is installed
+    video: bool = True  # film the first episode of every evaluation
+    # this algorithm
+    obs_mode: Literal["state", "cnn-test", "cnn", "cnn-rl", "ae", "critic"] = "critic"  # what x is
+    critic: Literal["v", "q"] = "v"  # V and a fixed temperature (paper), or target Qs and a learned one
+    train_tasks: int = 20  # tasks to train on, if theta is continuous (paper 100)
+    test_tasks: int = 10  # tasks to test on, if theta is continuous (paper 30)
+    task_seed: int = 1337  # of the tasks' parameters
+    horizon: int = 0  # steps per trajectory (0: the family's)
+    initial_steps: int = 1000  # per training task, by the untrained policy (code 2000)
+    tasks_per_iteration: int = 5  # training tasks visited per iteration (code 5)
+    prior_steps: int = 400  # of a visit, z from the prior, for both buffers (code 400)
+    posterior_steps: int = 0  # of a visit, z from the posterior, for both buffers (code 0)
+    extra_steps: int = 600  # of a visit, z from the posterior, not for the context (code 600)
+    updates_per_iteration: int = 1000  # gradient updates per iteration (code 2000)
+    meta_batch: int = 16  # tasks per update (code 16)
+    context_size: int = 100  # transitions of context per task and update (code 100)
+    context_trajectories: int = 4  # most of them in an evaluation
+    latent_dim: int = 5  # size of z (code 5)
+    next_obs_in_context: bool = False  # for families whose dynamics differ
+    hidden_dim: int = 300  # width of the hidden layers (code 300)
+    context_dim: int = 200  # width of the context encoder (code 200)
+    frame_stack: int = 3  # images per observation
+    filters: int = 32  # channels of every conv layer
+    conv_strides: tuple[int, ...] = (2, 2, 2, 2)  # one 3x3 conv layer each
+    feature_dim: int = 50  # size of x with --obs-mode ae or critic
+    rl_weight: float = 0.1  # cnn-rl: of the gradient of J(Q) in the CNN
+    cnn_pretrain_updates: int = 1000  # cnn modes: regression on the initial steps alone
+    decoder_weight_decay: float = 1e-7  # ae: L2 on the decoder, inside Adam
+    latent_weight: float = 1e-6  # ae: of the penalty |x|^2 / 2
+    gamma: float = 0.99  # discount per step (paper 0.99)
+    lr: float = 3e-4  # Adam step of actor, critics and context encoder (code 3e-4)
+    cnn_lr: float = 3e-4  # Adam step of CNN and decoder
+    tau: float = 0.005  # part of the way that target V or Qs go at a time (code 0.005)
+    encoder_tau: float = 0.05  # part of the way that the target encoder goes
+    kl_lambda: float = 0.1  # weight of the KL, summed over tasks (code 0.1)
+    reward_scale: float = 5.0  # of rewards in J(Q), not in the context (code 5)
+
+
+MAY_BE_ZERO = {"action_repeat", "cnn_pretrain_updates", "decoder_weight_decay", "extra_steps", "gamma",
+               "horizon", "kl_lambda", "latent_weight", "posterior_steps", "rl_weight", "seed",
+               "task_seed"}
+AT_MOST_ONE = {"encoder_tau", "gamma", "tau"}
+FREE_ON_RESUME = {"checkpoint_every_frames", "device", "eval_episodes", "eval_every_frames",
+                  "resume", "runs_dir", "smoke", "total_frames", "track", "video"}  # fmt: skip
+
+
+def refuse(name, why):
+    """Bad usage: one line that names the flag (or variable) and the remedy; exit status 2."""
+    flag = name if name.isupper() else "--" + name.replace("_", "-")
+    print(f"error: {flag}: {' '.join(str(why).split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def make_args(values):
+    """Args from JSON or a checkpoint, where tuples may have become lists."""
+    return Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def parse_args():
+    """Args from the command line, over the defaults of a smoke run or of the run to resume."""
+    args = tyro.cli(Args, description=__doc__.splitlines()[0])
+    if args.resume:
+        try:
+            was = make_args(json.loads(Path(args.resume, "args.json").read_text()))
+        except (OSError, ValueError, TypeError) as e:
+            refuse("resume", f"{args.resume} is not a run folder of this script ({e})")
+        args = tyro.cli(Args, default=was)
+    elif args.smoke:
+        args = tyro.cli(Args, default=Args(**SMOKE))
+    check_args(args)
+    return args
+
+
+def check_args(args):
+    """Refuses what cannot work, before anything heavy is imported or written."""
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, tuple) else [value]:
+            if isinstance(number, (int, float)) and not isinstance(number, bool):
+                if not 0 < number < math.inf and not (number == 0 and name in MAY_BE_ZERO):
+                    refuse(name, f"{number} is not a finite number above zero")
+                if number > 1 and name in AT_MOST_ONE:
+                    refuse(name, f"{number} is above 1")
+    args.action_repeat = args.action_repeat or ACTION_REPEAT.get(args.env_id, 2)
+    check_algorithm(args)
+    if args.seed >= 2**31:  # evaluation adds as much
+        refuse("seed", f"{args.seed} is not below {2**31}")
+    if args.replay_capacity < 1000:
+        refuse("replay_capacity", f"{args.replay_capacity} is below 1000, one long episode")
+    if args.track and not importlib.util.find_spec("wandb"):
+        refuse("track", "Weights & Biases is missing: pip install wandb")
+    if args.evaluate and args.resume:
+        refuse("evaluate", "cannot be combined with --resume; drop one of them")
+    if args.evaluate and not Path(args.evaluate).exists():
+        refuse("evaluate", f"there is no {args.evaluate}; give a run folder or a checkpoint")
+    with require_renderer():
+        from absl import logging
+
+        logging.set_verbosity("error")  # MuJoCo warns of dm_control's own XML files
+        from dm_control import suite  # noqa: F401
+
+
+@contextlib.contextmanager
+def require_renderer():
+    """Turns the many ways in which OpenGL can be missing into one line with the remedies."""
+    try:
+        yield
+    except ModuleNotFoundError:  # dm_control is not installed
+        raise
+    except Exception as e:
+        refuse("MUJOCO_GL", f"{os.environ.get('MUJOCO_GL')} cannot render ({e}). egl needs a GPU "
+               "driver or apt-get install libegl1 libgl1-mesa-dri; osmesa needs "
+               "apt-get install libosmesa6; glfw needs a screen")  # fmt: skip
+
+
+def conv_sizes(size, strides):
+    """Side of the image and of every 3x3 conv layer's output [pixels]."""
+    sizes = [size]
+    for stride in strides:
+        sizes.append((sizes[-1] - 3) // stride + 1)
+    return sizes
+
+
+def check_algorithm(args):
+    """The part of check_args that is this script's own."""
+
+
+if __name__ == "__main__":  # up here, so that --help and a wrong flag need not wait for PyTorch
+    ARGS = parse_args()
+
+import imageio
+import mujoco
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from dm_control import suite
+from dm_control.mujoco.engine import Camera
+from dm_control.rl import control
+from dm_control.utils import rewards
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+# ---- task families -----------------------------------------------------------------------------
+
+
+class MetaTask:
+    """A task of the suite with a parameter theta that decides the reward or the dynamics. Nothing
+    shows theta: targets are invisible, and what points at them is left out of observations."""
+
+    def __init__(self, task, family):
+        self.task, self.family, self.theta = task, family, 0.0
+
+    def __getattr__(self, name):
+        return getattr(self.task, name)  # everything else is the suite's
+
+    def initialize_episode(self, physics):
+        self.task.initialize_episode(physics)
+        if "rootx" in physics.named.data.qpos.axes.row.names:
+            physics.named.model.geom_pos[0, "x"] = 0.0  # the drawn floor would end two metres back
+        self.family.apply(physics, self.theta)
+        physics.forward()
+
+    def before_step(self, action, physics):
+        self.action, self.qpos = np.array(action), physics.data.qpos.copy()
+        self.task.before_step(action, physics)
+
+    def get_observation(self, physics):
+        observation = self.task.get_observation(physics)
+        observation.pop("to_target", None)
+        return observation
+
+    def get_reward(self, physics):
+        return float(self.family.reward(self, physics))
+
+    def velocity(self, physics):
+        """Of the body along x, over the whole step [m/s]."""
+        i = physics.model.jnt_qposadr[physics.model.name2id("rootx", "joint")]
+        return (physics.data.qpos[i] - self.qpos[i]) / self.family.dt
+
+    def effort(self):
+        return 0.05 * np.square(self.action).sum()
+
+
+class Family(NamedTuple):
+    """Tasks that differ in theta."""
+
+    base: str  # task of the suite that it is made of
+    horizon: int  # steps per trajectory
+    dt: float  # length of a step [s]
+    thetas: object  # function of a random generator; or all of them, for training and test
+    reward: object  # function of MetaTask and physics; default: the suite's
+    apply: object = lambda physics, theta: None  # changes the model at an episode's start
+
+
+def walker_reward(task, physics):
+    """The suite's, for a given velocity."""
+    standing = rewards.tolerance(physics.torso_height(), (1.2, math.inf), margin=0.6)
+    stand = (3 * standing + (1 + physics.torso_upright()) / 2) / 4
+    return stand * (1 + 5 * max(0.0, 1 - abs(task.velocity(physics) - task.theta))) / 6
+
+
+def cartpole_reward(task, physics):
+    upright = (1 + physics.pole_angle_cosine().item()) / 2
+    near = math.exp(-2 * abs(physics.named.data.qpos["slider"].item() - task.theta))
+    return upright * near - task.effort()
+
+
+def put_target(physics, theta):
+    """At polar coordinates (radius, angle), invisible."""
+    radius, angle = theta
+    xy = radius * math.cos(angle), radius * math.sin(angle)
+    physics.named.model.geom_pos["target", ["x", "y"]] = xy
+    physics.named.model.geom_rgba["target", 3] = 0.0
+
+
+def put_point_and_target(physics, theta):
+    physics.data.qpos[:] = 0.0
+    put_target(physics, (0.2, theta))
+
+
+def set_mass(physics, theta):
+    physics.named.model.body_mass["pole"] = theta
+    mujoco.mj_setConst(physics.model.ptr, physics.data.ptr)
+
+
+def tame_pendulum(physics, theta):
+    """A constant torque holds it at any angle."""
+    physics.model.actuator_gear[0, 0], physics.model.dof_damping[0] = 4.5, 1.0
+
+
+def angle_reward(task, physics):
+    return math.cos(physics.data.qpos[0] - math.pi - task.theta)
+
+
+def suite_reward(task, physics):
+    return task.task.get_reward(physics)
+
+
+FAMILIES = {
+    "cheetah-vel": Family("cheetah-run", 200, 0.05, lambda r: r.uniform(0, 3),
+                          lambda t, p: -abs(t.velocity(p) - t.theta) - t.effort()),
+    "cheetah-dir": Family("cheetah-run", 200, 0.05, (-1.0, 1.0),
+                          lambda t, p: t.theta * t.velocity(p) - t.effort()),
+    "walker-vel": Family("walker-walk", 200, 0.05, lambda r: r.uniform(0, 2), walker_reward),
+    "cartpole-goal": Family("cartpole-balance", 200, 0.02, lambda r: r.uniform(-1, 1),
+                            cartpole_reward),
+    "reacher-goal": Family("reacher-easy", 100, 0.04,
+                           lambda r: (r.uniform(0.05, 0.2), r.uniform(-math.pi, math.pi)),
+                           lambda t, p: -p.finger_to_target_dist(), put_target),
+    "point-goal": Family("point_mass-easy", 20, 0.1, lambda r: r.uniform(-math.pi, math.pi),
+                         lambda t, p: -p.mass_to_target_dist(), put_point_and_target),
+    "pendulum-goal2": Family("pendulum-swingup", 25, 0.04, (-math.pi / 2, math.pi / 2),
+                             angle_reward, tame_pendulum),
+    "pendulum-goal": Family("pendulum-swingup", 25, 0.04, lambda r: r.uniform(-1.8, 1.8),
+                            angle_reward, tame_pendulum),
+    "pendulum-gear": Family("pendulum-swingup", 200, 0.02, (-1.0, 1.0), suite_reward,
+                            lambda p, theta: p.model.actuator_gear.__setitem__((0, 0), theta)),
+    "pendulum-gravity": Family("pendulum-swingup", 200, 0.02, lambda r: r.uniform(5, 15),
+                               suite_reward,
+                               lambda p, theta: p.model.opt.gravity.__setitem__(2, -theta)),
+    "pendulum-mass": Family("pendulum-swingup", 200, 0.02, lambda r: r.uniform(0.5, 2),
+                            suite_reward, set_mass),
+}
+
+
+def split(args):
+    """Parameters of the tasks to train on and of those to test on, whatever --seed is."""
+    family, random = FAMILIES[args.env_id], np.random.RandomState(args.task_seed)
+    if isinstance(family.thetas, tuple):
+        return list(family.thetas), list(family.thetas)
+    thetas = [family.thetas(random) for _ in range(args.train_tasks + args.test_tasks)]
+    return thetas[: args.train_tasks], thetas[args.train_tasks :]
+
+
+def load_task(env_id, random):
+    """The dm_control environment of a family."""
+    family = FAMILIES[env_id]
+    env = suite.load(*family.base.split("-", 1), {"random": random})
+    return control.Environment(env.physics, MetaTask(env.task, family), control_timestep=family.dt,
+                               time_limit=(family.horizon - 0.5) * family.dt)
+
+
+# ---- PixelEnv (shared: the same text in every script) -------------------------------------------
+
+
+class EnvSpec(NamedTuple):
+    obs_shape: tuple  # (3, H, W) of an image or (S,) of a state vector
+    obs_dtype: torch.dtype
+    action_dim: int
+    state_dim: int
+
+
+class Step(NamedTuple):
+    obs: np.ndarray  # what the agent sees: image uint8 (3, H, W), or the state
+    state: np.ndarray  # the task's own observation, flattened, float32 (S,)
+    action: np.ndarray  # what led here, float32 (A,); zeros where an episode starts
+    reward: float  # summed over the action repeat
+    discount: float  # 0 where the task ended for good; 1 everywhere else, at a time limit too
+    first: bool  # an episode starts
+    last: bool  # the episode is over
+
+
+class PixelEnv:
+    """A dm_control suite task: action repeat, a camera, a random state that can be restored.
+
+    render="exact" gives the pixels of physics.render; "fast" leaves out shadows, reflections and
+    smooth edges, about 40 times as fast without a GPU. Actions are (A,) in [-1, 1].
+    """
+
+    def __init__(self, env_id, seed, action_repeat, image_size, render, pixels=True, video_size=0):
+        domain, task = env_id.split("-", 1)
+        self.random = np.random.RandomState(seed)
+        self.env = load_task(env_id, self.random)
+        self.action_repeat, self.image_size, self.pixels = action_repeat, image_size, pixels
+        self.camera_id = 2 if domain == "quadruped" else 0
+        self.cameras, self.flags = {}, {}
+        action_spec = self.env.action_spec()
+        bounds = action_spec.minimum, action_spec.maximum
+        self.low, self.high = (np.where(np.abs(b) > 1e6, np.sign(b), b) for b in bounds)
+        vis = self.env.physics.model.vis
+        vis.global_.offwidth = vis.global_.offheight = max(image_size, video_size)
+        if render == "fast":
+            vis.quality.offsamples, vis.quality.numslices, vis.quality.numstacks = 0, 8, 6
+            self.flags = {"shadow": False, "reflection": False}
+        dtype = torch.uint8 if pixels else torch.float32
+        step = self.reset()
+        self.spec = EnvSpec(step.obs.shape, dtype, len(self.low), len(step.state))
+        self.fps = max(1, round(1 / (self.env.control_timestep() * action_repeat)))  # of a video
+        self.random.seed(seed)  # that reset does not count
+
+    def reset(self):
+        """First Step of a new episode."""
+        self.start, self.actions = self.random.get_state(), []
+        return self._see(self.env.reset(), 0.0)
+
+    def step(self, action):
+        """Next Step; the action is repeated until the episode ends at most."""
+        assert not self.last, "the episode is over: reset() comes next"
+        self.actions.append(action.tolist())
+        control = self.low + (np.array(self.actions[-1]) + 1) / 2 * (self.high - self.low)
+        reward = 0.0
+        for _ in range(self.action_repeat):
+            time_step = self.env.step(control)
+            reward += time_step.reward
+            if time_step.last():
+                break
+        return self._see(time_step, reward)
+
+    def _see(self, time_step, reward):
+        self.last = time_step.last()
+        state = np.concatenate([np.ravel(v) for v in time_step.observation.values()])
+        obs = state = state.astype(np.float32)
+        if self.pixels:
+            obs = self.render(self.image_size).transpose(2, 0, 1).copy()
+        action = np.float32(self.actions[-1] if self.actions else [0.0] * len(self.low))
+        discount = 1.0 if time_step.discount is None else time_step.discount
+        return Step(obs, state, action, float(reward), float(discount), not self.actions, self.last)
+
+    def render(self, size):
+        """Image (size, size, 3) uint8; copy it, the camera draws into the same array again."""
+        if size not in self.cameras:
+            self.cameras[size] = Camera(self.env.physics, size, size, self.camera_id)
+        return self.cameras[size].render(render_flag_overrides=self.flags)
+
+    def state_dict(self):
+        """The random state at the episode's start and the actions since then."""
+        name, keys, *rest = self.start
+        return {"random": [name, keys.tolist(), *rest], "actions": list(self.actions)}
+
+    def load_state_dict(self, state):
+        """Plays the episode again up to where it was saved and returns that Step. Setting the
+        simulator's state instead would not be exact: some of it cannot be read."""
+        self.random.set_state(tuple(state["random"]))
+        step = self.reset()
+        for action in state["actions"]:
+            step = self.step(np.float32(action))
+        return step
+
+    def close(self):
+        """Frees the renderer (OSMesa complains at exit otherwise)."""
+        self.env.physics.free()
+
+
+# ---- ReplayBuffer (shared: the same text in every script) ---------------------------------------
+
+
+class ReplayBuffer:
+    """Ring of rows on `device`. Every image is kept once, as uint8; stacks are made when sampled.
+
+    Row t holds image t, the action that led to it (zeros at an episode's start), the reward and
+    the discount on arriving. A transition is rows t and t + 1. Rows are counted from the run's
+    start; row t lies in slot t % capacity. Nothing that is sampled reaches across episodes.
+    """
+
+    def __init__(self, capacity, spec, device):
+        self.capacity, self.device = capacity, device
+        self.row = self.saved = 0  # next row, next row to save
+        self.columns = {
+            "obs": torch.empty((capacity, *spec.obs_shape), dtype=spec.obs_dtype, device=device),
+            "action": torch.empty((capacity, spec.action_dim), device=device),
+            "reward": torch.empty((capacity, 1), device=device),
+            "discount": torch.empty((capacity, 1), device=device),
+        }
+        self.start = np.zeros(capacity, np.int64)  # the row at which the row's episode starts
+
+    @staticmethod
+    def row_bytes(spec):
+        """Memory of one row [bytes]."""
+        obs = math.prod(spec.obs_shape) * spec.obs_dtype.itemsize
+        return obs + 4 * spec.action_dim + 4 + 4 + 8  # reward, discount, start
+
+    def add(self, step):
+        """Appends a Step."""
+        slot, before = self.row % self.capacity, (self.row - 1) % self.capacity
+        self.start[slot] = self.row if step.first else self.start[before]
+        for name, column in self.columns.items():
+            column[slot] = torch.as_tensor(getattr(step, name))
+        self.row += 1
+
+    def draw(self, rng, count, first, length, together):
+        """Rows (count,), none before `first`, at which `length` rows begin of which the last
+        `together` are of one episode; uniform, with replacement. Raises if there is no such row.
+        """
+        rows = np.empty(0, np.int64)
+        for _ in range(1000):
+            new = rng.integers(first, self.row - length + 1, count)
+            episode = self.start[(new + length - 1) % self.capacity]  # of the last row
+            rows = np.append(rows, new[episode <= new + length - together])
+            if len(rows) >= count:
+                return rows[:count]
+        raise ValueError(f"the replay buffer holds hardly any episode of {together} rows")
+
+    def gather(self, column, rows):
+        """Rows of a column, (*rows.shape, ...). On a CPU index_select is much faster than [ ]."""
+        slots = torch.as_tensor(rows.ravel() % self.capacity).to(self.device)
+        return self.columns[column].index_select(0, slots).unflatten(0, rows.shape)
+
+    def transitions(self, rng, batch_size, stack):
+        """Batch of obs, next_obs (B, stack * C, H, W), action (B, A), reward, discount (B, 1).
+
+        Before an episode's first image, a stack repeats it.
+        """
+        oldest = self.row - self.capacity
+        rows = self.draw(rng, batch_size, oldest + stack - 1 if oldest > 0 else 0, 2, 2)
+        episode = self.start[rows % self.capacity]
+        window = np.maximum(rows[:, None] + np.arange(1 - stack, 2), episode[:, None])
+        obs = self.gather("obs", window)  # (B, stack + 1, C, H, W)
+        batch = {key: self.gather(key, rows + 1) for key in ("action", "reward", "discount")}
+        return {"obs": obs[:, :-1].flatten(1, 2), "next_obs": obs[:, 1:].flatten(1, 2), **batch}
+
+    def sequences(self, rng, batch_size, length, together):
+        """Batch of all columns (B, T, ...) and is_first (B, T): T rows of which at least the last
+        `together` are of one episode; where is_first, one starts."""
+        rows = self.draw(rng, batch_size, max(0, self.row - self.capacity), length, together)
+        rows = rows[:, None] + np.arange(length)
+        is_first = torch.as_tensor(self.start[rows % self.capacity] == rows).to(self.device)
+        return {"is_first": is_first, **{key: self.gather(key, rows) for key in self.columns}}
+
+    def save(self, folder):
+        """Writes the rows since the last save, 1000 a file, each file named by its first row."""
+        for first in range(self.saved, self.row, 1000):
+            rows = np.arange(first, min(first + 1000, self.row))
+            chunk = {key: self.gather(key, rows).cpu() for key in self.columns}
+            chunk["start"] = torch.as_tensor(self.start[rows % self.capacity])
+            write_file(chunk, folder / f"{first:010d}.pt")
+        self.saved = self.row
+
+    def load(self, folder, row):
+        """Fills the buffer with the rows before `row` from the files that save() wrote."""
+        while self.row < row:
+            chunk = read_file(folder / f"{self.row:010d}.pt")
+            rows = np.arange(self.row, self.row + len(chunk["start"]))[-self.capacity :]
+            slots = torch.as_tensor(rows % self.capacity)
+            for key, column in self.columns.items():
+                column[slots.to(self.device)] = chunk[key][-len(rows) :].to(self.device)
+            self.start[slots] = chunk["start"][-len(rows) :]
+            self.row = self.saved = self.row + len(chunk["start"])
+
+
+class TaskBuffer(ReplayBuffer):
+    """The replay buffer of all tasks, with a column for the state, and for every task two lists of
+    the rows at which its trajectories start: of all (rl), and of those for the context (enc)."""
+
+    def __init__(self, capacity, spec, device, horizon):
+        super().__init__(capacity, spec, device)
+        self.columns["state"] = torch.empty((capacity, spec.state_dim), device=device)
+        self.horizon, self.rl, self.enc = horizon, [], []
+
+    def pick(self, starts, rng, count):
+        """Rows (count,) at which transitions of these trajectories begin, with replacement."""
+        i = rng.integers(0, len(starts) * self.horizon, count)
+        return np.array(starts)[i // self.horizon] + i % self.horizon
+
+    def at(self, rows, stack):
+        """Transitions (T, N, ...) that begin at rows (T, N)."""
+        window = np.maximum(rows[..., None] + np.arange(1 - stack, 2), self.start[rows][..., None])
+        obs = self.gather("obs", window)  # (T, N, stack + 1, ...)
+        out = {key: self.gather(key, rows + 1) for key in ("action", "reward", "discount")}
+        out |= {"state": self.gather("state", rows), "next_state": self.gather("state", rows + 1)}
+        return out | {"obs": obs[:, :, :-1].flatten(2, 3), "next_obs": obs[:, :, 1:].flatten(2, 3)}
+
+
+def free_memory(device):
+    """Bytes free on `device`, within a container's limit; infinite where the system is silent."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+
+    def read(path, word, default):
+        try:
+            return int(re.search(rf"{word}\W*(\d+)", Path(path).read_text())[1])
+        except (OSError, TypeError):  # no such file; no number in it
+            return default
+
+    limit, group = read("/sys/fs/cgroup/memory.max", "", math.inf), "/sys/fs/cgroup/memory.stat"
+    machine = 1024 * read("/proc/meminfo", "MemAvailable", math.inf)
+    return min(machine, limit - read(group, "anon", 0))
+
+
+# ---- helpers -----------------------------------------------------------------------------------
+
+
+def mlp(in_dim, hidden_dim, layers, out_dim, last=3e-3):
+    """Hidden ReLU layers and a linear one, which starts near zero."""
+    dims, net = [in_dim] + layers * [hidden_dim] + [out_dim], []
+    for i in range(layers + 1):
+        net += [nn.Linear(dims[i], dims[i + 1]), nn.ReLU()]
+    for p in net[-2].parameters():
+        nn.init.uniform_(p, -last, last)
+    return nn.Sequential(*net[:-1])
+
+
+def preprocess(obs):
+    """uint8 images (B, C, H, W) to float in [0, 1], channels last; states pass unchanged."""
+    if obs.dtype != torch.uint8:
+        return obs
+    return obs.to(torch.float32, memory_format=torch.channels_last) / 255
+
+
+def tanh_gaussian(mu, log_std):
+    """Sample a = tanh(mu + sigma eps) (B, A) and log pi(a) (B, 1); SAC, appendix C."""
+    noise = torch.randn_like(mu)
+    action = torch.tanh(mu + log_std.exp() * noise)
+    log_prob = -0.5 * noise.square() - log_std - 0.5 * math.log(2 * math.pi)
+    log_prob = log_prob - torch.log(F.relu(1 - action.square()) + 1e-6)  # the tanh's Jacobian
+    return action, log_prob.sum(-1, keepdim=True)
+
+
+def product_of_gaussians(mu, var):
+    """Mean and variance (T, L) of the product of Gaussians (T, N, L) over N: a posterior that does
+    not depend on their order. The prior is not a factor."""
+    precision = 1 / var.clamp(min=1e-7)
+    var = 1 / precision.sum(1)
+    return var * (mu * precision).sum(1), var
+
+
+def minimize(loss, *optimizers):
+    """One step of each optimizer on `loss`. Gradients go to the optimizers' own parameters and
+    nowhere else, whatever the loss was computed with."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    loss.backward(inputs=[p for o in optimizers for g in o.param_groups for p in g["params"]])
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+@torch.no_grad()
+def soft_update(net, target, tau):
+    """target <- tau net + (1 - tau) target."""
+    for p, t in zip(net.parameters(), target.parameters(), strict=True):
+        t.lerp_(p, tau)
+
+
+def conv_sizes(size, strides):
+    """Side of the image and of every 3x3 conv layer's output [pixels]."""
+    sizes = [size]
+    for stride in strides:
+        sizes.append((sizes[-1] - 3) // stride + 1)
+    return sizes
+
+
+# ---- networks ----------------------------------------------------------------------------------
+
+
+class Encoder(nn.Module):
+    """Stacked images (N, K * C, H, W) in [0, 1] -> x (N, X): an estimate of the standardised state,
+    or (bounded) features of no given meaning."""
+
+    def __init__(self, obs_shape, x_dim, bounded, args):
+        super().__init__()
+        sizes, layers, channels = conv_sizes(obs_shape[-1], args.conv_strides), [], obs_shape[0]
+        for stride in args.conv_strides:
+            layers += [nn.Conv2d(channels, args.filters, 3, stride), nn.ReLU()]
+            channels = args.filters
+        layers += [nn.Flatten(), nn.Linear(channels * sizes[-1] ** 2, x_dim)]
+        self.net = nn.Sequential(*layers, *([nn.LayerNorm(x_dim), nn.Tanh()] if bounded else []))
+
+    def forward(self, obs):
+        return self.net(obs)
+
+
+class Decoder(nn.Module):
+    """x (N, X) -> stacked images (N, K * C, H, W), centred at 0: the encoder backwards."""
+
+    def __init__(self, obs_shape, x_dim, args):
+        super().__init__()
+        sizes, n = conv_sizes(obs_shape[-1], args.conv_strides), args.filters
+        layers = [nn.Linear(x_dim, n * sizes[-1] ** 2), nn.ReLU()]
+        layers += [nn.Unflatten(1, (n, sizes[-1], sizes[-1]))]
+        for i, stride in reversed(list(enumerate(args.conv_strides))):
+            missing = sizes[i] - (sizes[i + 1] - 1) * stride - 3  # what the conv's stride cut off
+            out = n if i else obs_shape[0]
+            layers += [nn.ConvTranspose2d(n, out, 3, stride, output_padding=missing), nn.ReLU()]
+        self.net = nn.Sequential(*layers[:-1])
+
+    def forward(self, x):
+        return self.net(x)
+
+
+# ---- Agent -------------------------------------------------------------------------------------
+
+
+class Agent(nn.Module):
+    """act, one method per loss (tensors in, a scalar out), and update, the algorithm."""
+
+    def __init__(self, args, spec):
+        super().__init__()
+        self.args, self.updates, self.action_dim = args, 0, spec.action_dim
+        images = (args.frame_stack * spec.obs_shape[0], *spec.obs_shape[1:])
+        self.free = args.obs_mode in ("ae", "critic")  # x means what training makes of it
+        x_dim = args.feature_dim if self.free else spec.state_dim
+        A, L = spec.action_dim, args.latent_dim
+        net = functools.partial(mlp, hidden_dim=args.hidden_dim, layers=3)
+        self.context_encoder = mlp(
+            (1 + args.next_obs_in_context) * x_dim + A + 1, args.context_dim, 3, 2 * L)
+        self.actor = net(x_dim + L, out_dim=2 * A, last=1e-3)
+        self.q1, self.q2 = (net(x_dim + A + L, out_dim=1) for _ in range(2))
+        self.v = net(x_dim + L, out_dim=1)
+        self.cnn = self.target_cnn = self.decoder = None
+        if args.obs_mode != "state":
+            self.cnn = Encoder(images, x_dim, self.free, args)
+        if args.obs_mode == "ae":
+            self.decoder = Decoder(images, x_dim, args)
+        self.register_buffer("state_mean", torch.zeros(spec.state_dim))
+        self.register_buffer("state_std", torch.ones(spec.state_dim))
+        self.to(args.device, memory_format=torch.channels_last)
+        self.target_v = copy.deepcopy(self.v).requires_grad_(False)
+        if self.free:
+            self.target_cnn = copy.deepcopy(self.cnn).requires_grad_(False)
+
+        adam = functools.partial(torch.optim.Adam, fused=True)
+        self.optimizers = {
+            "critic": adam([*self.q1.parameters(), *self.q2.parameters()], args.lr),
+            "context": adam(self.context_encoder.parameters(), args.lr),
+            "v": adam(self.v.parameters(), args.lr),
+            "actor": adam(self.actor.parameters(), args.lr),
+        }
+        if self.cnn is not None:
+            self.optimizers["cnn"] = adam(self.cnn.parameters(), args.cnn_lr)
+        if self.decoder is not None:
+            self.optimizers["decoder"] = adam(self.decoder.parameters(), args.cnn_lr,
+                                              weight_decay=args.decoder_weight_decay)
+
+    # -- what the agent sees, and what it makes of the context
+
+    def see(self, obs, state, cnn, training=True):
+        """x (N, X) of stacked images (N, K * C, H, W) and states (N, S)."""
+        if self.args.obs_mode == "state" or self.args.obs_mode == "cnn-test" and training:
+            return (state - self.state_mean) / self.state_std
+        return cnn(preprocess(obs))
+
+    def infer(self, x, action, reward, next_x):
+        """Mean and variance (T, L) of q(z | c) from context (T, N, X), (T, N, A), (T, N, 1)."""
+        parts = [x, action, reward] + [next_x] * self.args.next_obs_in_context
+        mu, var = self.context_encoder(torch.cat(parts, -1)).chunk(2, -1)
+        return product_of_gaussians(mu, F.softplus(var))  # [PEARL (q)]
+
+    def policy(self, x, z):
+        """Mean and log standard deviation (N, A) before the tanh."""
+        mean, log_std = self.actor(torch.cat([x, z], -1)).chunk(2, -1)
+        return mean, log_std.clamp(-20, 2)
+
+    def q(self, x, action, z):
+        """Q1, Q2 (N, 1)."""
+        everything = torch.cat([x, action, z], -1)
+        return self.q1(everything), self.q2(everything)
+
+    @torch.no_grad()  # acting learns nothing
+    def act(self, step, carry, explore):
+        """Action (A,) for a Step; carry holds z (1, L), the stack of images, whether the true state
+        is used where there is a choice; it comes back with x (1, X)."""
+        obs = torch.as_tensor(step.obs, device=self.args.device)[None]
+        state = torch.as_tensor(step.state, device=self.args.device)[None]
+        old = carry.get("stack")
+        if self.cnn is not None:
+            K, C = self.args.frame_stack, obs.shape[1]
+            obs = torch.cat([obs] * K if old is None else [old[:, C:], obs], 1)
+        x = self.see(obs, state, self.cnn, carry.get("true_state", True))
+        mean, log_std = self.policy(x, carry["z"])
+        action = tanh_gaussian(mean, log_std)[0] if explore else torch.tanh(mean)
+        return action[0].cpu(), {**carry, "stack": obs, "x": x}
+
+    # -- losses
+
+    def kl_loss(self, mu, var):
+        """KL(q(z | c) || N(0, I)) of (T, L), summed over both."""
+        return 0.5 * (var + mu.square() - 1 - var.log()).sum()  # [PEARL (1)]
+
+    def q_loss(self, x, action, z, target):
+        """Squared TD error of both Qs; z and x carry gradients."""
+        q1, q2 = self.q(x, action, z)
+        return F.mse_loss(q1, target) + F.mse_loss(q2, target)  # [PEARL alg. 1:18]
+
+    def v_loss(self, x, z, value):
+        return F.mse_loss(self.v(torch.cat([x, z], -1)), value)  # [PEARL V]
+
+    def actor_loss(self, log_prob, q, mean, log_std):
+        """SAC's with temperature 1, and rlkit's pull of mean and log std towards 0."""
+        pull = 1e-3 * (mean.square().mean() + log_std.square().mean())
+        return (log_prob - q).mean() + pull  # [PEARL alg. 1:17]
+
+    def cnn_loss(self, x, state):
+        """Squared error of the estimated standardised state."""
+        return F.mse_loss(x, (state - self.state_mean) / self.state_std)  # [M&K CNN]
+
+    def reconstruction_loss(self, x, obs):
+        """SAC+AE's: squared pixel error and a penalty that keeps x small."""
+        target = (obs // 8 + torch.rand_like(obs, dtype=torch.float32)) / 32 - 0.5
+        error = F.mse_loss(self.decoder(x), target)
+        return error + self.args.latent_weight * 0.5 * x.square().sum(-1).mean()  # [SAC+AE J(RAE)]
+
+    def standardise(self, buffer):
+        """Fixes mean and spread of the states by those of the initial trajectories."""
+        state = buffer.columns["state"][: buffer.row]
+        self.state_mean.copy_(state.mean(0))
+        self.state_std.copy_(state.std(0).clamp(min=1e-3))
+
+    def sample(self, buffer, rng):
+        """The batch that update() takes: of meta_batch tasks, transitions and context."""
+        args = self.args
+        tasks = rng.integers(0, len(buffer.rl), args.meta_batch)
+        rows = np.stack([buffer.pick(buffer.rl[i], rng, args.batch_size) for i in tasks])
+        context = np.stack([buffer.pick(buffer.enc[i], rng, args.context_size) for i in tasks])
+        return buffer.at(rows, args.frame_stack), buffer.at(context, args.frame_stack)
+
+    def posterior(self, context):
+        """Mean and variance (T, L) of q(z | c) for transitions (T, N, ...) of the replay buffer."""
+        shape = context["action"].shape[:2]
+        flat = {key: value.flatten(0, 1) for key, value in context.items()}
+        with torch.no_grad():  # the CNN learns from the transitions, not from the context
+            x = self.see(flat["obs"], flat["state"], self.cnn).unflatten(0, shape)
+            next_x = x
+            if self.args.next_obs_in_context:
+                next_x = self.see(flat["next_obs"], flat["next_state"], self.cnn)
+                next_x = next_x.unflatten(0, shape)
+        return self.infer(x, context["action"], context["reward"], next_x)
+
+    def update(self, batch):
+        """One update from a batch of sample(); metrics as 0-d tensors."""
+        (batch, context), args, opt = batch, self.args, self.optimizers
+        mu, var = self.posterior(context)
+        z = mu + var.sqrt() * torch.randn_like(mu)  # (T, L)
+        z = z.repeat_interleave(batch["action"].shape[1], 0)  # (T * B, L)
+        obs, state, action, reward, discount, next_obs, next_state = (
+            batch[key].flatten(0, 1) for key in (
+                "obs", "state", "action", "reward", "discount", "next_obs", "next_state"))
+        zd = z.detach()  # z is trained by J(Q) and the KL alone
+        x = self.see(obs, state, self.cnn)
+        with torch.no_grad():  # the target is a constant
+            next_x = self.see(next_obs, next_state, self.target_cnn if self.free else self.cnn)
+            value = self.target_v(torch.cat([next_x, zd], -1))
+            target = args.reward_scale * reward + args.gamma * discount * value
+        metrics, movers = {}, [opt["critic"], opt["context"]]
+        loss = 0.0
+        if self.cnn is not None:
+            movers.append(opt["cnn"])
+        xq = x
+        if args.obs_mode in ("cnn", "cnn-rl", "cnn-test"):
+            estimate = x if args.obs_mode != "cnn-test" else self.cnn(preprocess(obs))
+            loss = metrics["loss/cnn"] = self.cnn_loss(estimate, state)
+            weight = args.rl_weight if args.obs_mode == "cnn-rl" else 0.0
+            xq = x.detach() + weight * (x - x.detach())  # J(Q)'s gradient in the CNN, scaled
+        elif self.decoder is not None:
+            loss = metrics["loss/reconstruction"] = self.reconstruction_loss(x, obs)
+            movers.append(opt["decoder"])
+        metrics["loss/q"] = self.q_loss(xq, action, z, target)
+        metrics["loss/kl"] = self.kl_loss(mu, var)
+        minimize(loss + metrics["loss/q"] + args.kl_lambda * metrics["loss/kl"], *movers)
+        x = x.detach()  # actor and V do not train the CNN
+        mean, log_std = self.policy(x, zd)
+        new_action, log_prob = tanh_gaussian(mean, log_std)
+        q = torch.min(*self.q(x, new_action, zd))
+        metrics["loss/v"] = self.v_loss(x, zd, (q - log_prob).detach())
+        metrics["loss/actor"] = self.actor_loss(log_prob, q, mean, log_std)
+        minimize(metrics["loss/v"], opt["v"])
+        minimize(metrics["loss/actor"], opt["actor"])
+        soft_update(self.v, self.target_v, args.tau)
+        if self.free:
+            soft_update(self.cnn, self.target_cnn, args.encoder_tau)
+        metrics |= {"stat/posterior_var": var.mean(), "stat/entropy": -log_prob.mean()}
+        self.updates += 1
+        return {name: value.detach() for name, value in metrics.items()}
+
+
+# ---- evaluate ----------------------------------------------------------------------------------
+
+
+def rng_state():
+    """PyTorch's random state on the CPU and on the accelerators in use."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    mps = [torch.mps.get_rng_state()] if torch.backends.mps.is_available() else []
+    return [torch.get_rng_state(), *cuda, *mps]
+
+
+def set_rng_state(states):
+    """Puts back what rng_state gave."""
+    cpu, *others = [state.cpu() for state in states]
+    torch.set_rng_state(cpu)
+    if torch.cuda.is_initialized():
+        torch.cuda.set_rng_state_all(others)
+    elif others and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(others[0])
+
+
+def play_trajectory(agent, env, carry, explore, see=None):
+    """One trajectory with act(carry): its Steps, the x of each, and the return."""
+    step, xs, steps = env.reset(), [], []
+    steps.append(step)
+    while not step.last and len(xs) < env.horizon:
+        if see:
+            see()
+        action, carry = agent.act(step, carry, explore)
+        xs.append(carry["x"])
+        step = env.step(action)
+        steps.append(step)
+    return steps, xs
+
+
+def evaluate(agent, env, thetas, args, true_state=False, video_size=0):
+    """Adapts to every task of `thetas`, `eval_episodes` times over: trajectory k is played with z
+    from k trajectories of context, by the mean action. The paper's algorithm 2.
+
+    Seeds the environment and PyTorch, and leaves PyTorch's random numbers as they were. Gives the
+    returns (tasks, episodes, k), the posterior means (tasks, episodes, L), and the first task's images.
+    """
+    K = args.context_trajectories
+    returns = np.zeros((len(thetas), args.eval_episodes, K + 1))
+    means = np.zeros((len(thetas), args.eval_episodes, args.latent_dim))
+    video, before = [], rng_state()
+    env.random.seed(args.seed + 2**31)
+    torch.manual_seed(args.seed)
+    for i, theta in enumerate(thetas):
+        env.env.task.theta = theta
+        for j in range(args.eval_episodes):
+            mu = torch.zeros(1, args.latent_dim, device=args.device)
+            var, context = torch.ones_like(mu), []
+            for k in range(K + 1):
+                z = mu + var.sqrt() * torch.randn_like(mu)
+                film = video_size and i == j == 0
+                carry = {"z": z, "true_state": true_state}
+                steps, xs = play_trajectory(
+                    agent, env, carry, False,
+                    lambda: video.append(env.render(video_size).copy()) if film else None)
+                returns[i, j, k] = sum(step.reward for step in steps)
+                with torch.no_grad():
+                    context += [(x, torch.as_tensor(s.action, device=args.device)[None],
+                                 torch.tensor([[s.reward]], device=args.device), y)
+                                for x, y, s in zip(xs, [*xs[1:], xs[-1]], steps[1:], strict=True)]
+                    mu, var = agent.infer(*(torch.stack(c, 1) for c in zip(*context, strict=True)))
+            means[i, j] = mu[0].cpu()
+    set_rng_state(before)
+    return returns, means, video
+
+
+# ---- Logger and checkpoints (shared: the same text in every script) -----------------------------
+
+
+@contextlib.contextmanager
+def survive(what):
+    """A full disk costs a warning, not the run."""
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        tqdm.write(f"warning: {what} not written: {e}", file=sys.stderr)
+
+
+def write_video(path, images, fps):
+    """MP4 if imageio-ffmpeg is installed, else GIF; gives the path with its suffix."""
+    mp4 = importlib.util.find_spec("imageio_ffmpeg")
+    path = path.with_suffix(".mp4" if mp4 else ".gif")
+    imageio.mimsave(path, images, **({"fps": fps} if mp4 else {"duration": 1000 / fps, "loop": 0}))
+    return path
+
+
+class Logger:
+    """Progress bar, metrics.csv with a row per log point, TensorBoard, images and videos."""
+
+    def __init__(self, args, run_dir, frames, rows):
+        self.run_dir, self.columns = run_dir, []
+        self.rows = rows  # the caller's list: what is appended here is in its checkpoints
+        for name in ("images", "videos"):
+            (run_dir / name).mkdir(exist_ok=True)
+        if args.track:
+            import wandb
+
+            wandb.init(name=run_dir.name, config=vars(args), sync_tensorboard=True)
+        self.writer = SummaryWriter(run_dir, purge_step=frames + 1)
+        self.bar = tqdm(total=args.total_frames, initial=frames, unit="frame", disable=None)
+
+    def log(self, row):
+        """Appends {name: number} to metrics.csv and TensorBoard."""
+        self.rows.append(row)
+        columns = list(dict.fromkeys(name for row in self.rows for name in row))
+        new, self.columns = columns != self.columns, []  # new: the whole file is written, as also
+        with survive("metrics"):  # after a resume and after a write that failed
+            with open(self.run_dir / "metrics.csv", "w" if new else "a", newline="") as file:
+                writer = csv.DictWriter(file, columns, lineterminator="\n")
+                if new:
+                    writer.writeheader()
+                writer.writerows(self.rows if new else [row])
+            self.columns = columns
+            for name in [name for name in row if "/" in name]:
+                self.writer.add_scalar(name, row[name], row["frames"])
+        shown = {k: f"{v:.0f}" for k, v in row.items() if k.endswith(("updates", "return"))}
+        self.bar.set_postfix(shown)
+
+    def show(self, frames, images, video, fps):
+        """Writes {name: uint8 (H, W, 3)} as PNG and to TensorBoard, and the video."""
+        with survive("images"):
+            for name, image in images.items():
+                imageio.imwrite(self.run_dir / f"images/{frames:09d}_{name}.png", image)
+                self.writer.add_image(name, image, frames, dataformats="HWC")
+            if video:
+                write_video(self.run_dir / f"videos/{frames:09d}", video, fps)
+
+
+def write_file(payload, path, previous=None):
+    """Whole or not at all: temporary file, fsync, rename; what was there becomes `previous`."""
+    part = path.with_suffix(".part")
+    try:
+        with open(part, "wb") as file:
+            torch.save(payload, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if previous and path.exists():
+            os.replace(path, previous)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def read_file(path, device="cpu"):
+    """torch.load that checks every CRC and lets in tensors and plain types only."""
+    with zipfile.ZipFile(path) as archive:
+        if bad := archive.testzip():
+            raise ValueError(f"{bad} is damaged")
+    return torch.load(path, map_location=device, weights_only=True)
+
+
+def check_finite(metrics, updates):
+    """Ends a run whose losses are NaN or infinite, before such weights reach a checkpoint."""
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            sys.exit(f"error: {name} is {float(value)} after {updates} updates; it is not saved. "
+                     "A new run with smaller learning rates may help")  # fmt: skip
+
+
+def save_checkpoint(run_dir, args, agent, buffer, env, rng, progress):
+    """All that the rest of the run depends on; the checkpoint before stays as previous.pt."""
+    total = sum(tensor.sum() for tensor in agent.state_dict().values())
+    check_finite(progress["metrics"] | {"the sum of all weights": total}, agent.updates)
+    (run_dir / "replay").mkdir(exist_ok=True)
+    buffer.save(run_dir / "replay")
+    payload = {
+        "format": 1, "script": Path(__file__).stem, "args": dataclasses.asdict(args),
+        "agent": agent.state_dict(), "updates": agent.updates, "row": buffer.row,
+        "optimizers": {name: o.state_dict() for name, o in agent.optimizers.items()},
+        "env": env.state_dict(), "numpy": rng.bit_generator.state, "torch": rng_state(),
+        "version": str(torch.__version__), "progress": progress,
+    }  # fmt: skip
+    write_file(payload, run_dir / "checkpoint.pt", run_dir / "previous.pt")
+
+
+def read_checkpoint(path, flag, device):
+    """Payload of a checkpoint, or of the newest readable one of a run; refuses anything else."""
+    path, problems = Path(path), []
+    for file in [path / "checkpoint.pt", path / "previous.pt"] if path.is_dir() else [path]:
+        try:
+            payload = read_file(file, device)
+            if (payload["format"], payload["script"]) != (1, Path(__file__).stem):
+                raise ValueError(f"written by {payload['script']}, format {payload['format']}")
+        except Exception as e:  # whatever a damaged, foreign or hostile file makes them raise
+            why = "is missing" if isinstance(e, FileNotFoundError) else f"is unusable: {e}"
+            problems.append(f"{file.name} {why}"[:200])
+        else:
+            if problems:
+                print(f"warning: {problems[0]}; going on from {file.name}", file=sys.stderr)
+            if problems and flag == "resume" and (path / "checkpoint.pt").exists():
+                os.replace(path / "checkpoint.pt", path / "damaged.pt")  # never to be previous.pt
+            return payload
+    refuse(flag, f"no checkpoint of {Path(__file__).name} in {path} ({'; '.join(problems)})")
+
+
+def load_checkpoint(payload, run_dir, agent, buffer, env, rng):
+    """Puts everything back where it was; gives the progress and the environment's Step."""
+    agent.load_state_dict(payload["agent"])
+    agent.updates = payload["updates"]
+    for name, optimizer in agent.optimizers.items():
+        optimizer.load_state_dict(payload["optimizers"][name])
+    try:
+        buffer.load(run_dir / "replay", payload["row"])
+    except Exception as e:
+        refuse("resume", f"a file in {run_dir / 'replay'} is missing or damaged ({e})")
+    rng.bit_generator.state = payload["numpy"]
+    if payload["version"] != torch.__version__:
+        print(f"warning: saved with PyTorch {payload['version']}; the numbers will differ")
+    set_rng_state(payload["torch"])
+    progress, step = payload["progress"], env.load_state_dict(payload["env"])
+    payload.clear()  # gives back its memory
+    return progress, step
+
+
+# ---- train -------------------------------------------------------------------------------------
+
+
+def make_env(args, seed, pixels=True, video_size=0):
+    """The family's environment; env.env.task.theta chooses the task."""
+    return PixelEnv(args.env_id, seed, args.action_repeat, args.image_size, args.render,
+                    pixels and args.obs_mode != "state", video_size)  # fmt: skip
+
+
+def horizon(args):
+    """Steps of a trajectory."""
+    return args.horizon or FAMILIES[args.env_id].horizon
+
+
+def iteration_steps(args):
+    """Steps of the initial collection and of an iteration, in whole trajectories."""
+    initial, *visit = (horizon(args) * math.ceil(steps / horizon(args)) for steps in (
+        args.initial_steps, args.prior_steps, args.posterior_steps, args.extra_steps))
+    return len(split(args)[0]) * initial, args.tasks_per_iteration * sum(visit)
+
+
+def replay_rows(args):
+    """Rows of the replay buffer: all of the run's, one per step and one per trajectory."""
+    first, each = iteration_steps(args)
+    steps = first + math.ceil((args.total_frames - first) / each) * each
+    return steps + steps // horizon(args)
+
+
+class Interrupt:
+    """Ctrl-C or SIGTERM sets `signal`; the loop stops with a checkpoint. A second one kills."""
+
+    def __init__(self):
+        self.signal = 0
+        signal.signal(signal.SIGINT, self)
+        signal.signal(signal.SIGTERM, self)
+
+    def __call__(self, number, _):
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        print("\nstopping with a checkpoint; once more to stop at once", file=sys.stderr)
+
+
+
+def collect(agent, env, buffer, task, theta, steps, posterior, for_context, rng):
+    """Whole trajectories of a task until there are `steps`; the first with z from the prior, the
+    others, if `posterior`, with z from the task's context. Gives the returns."""
+    env.env.task.theta, args, returns = theta, agent.args, []
+    for i in range(math.ceil(steps / env.horizon)):
+        mu = torch.zeros(1, args.latent_dim, device=args.device)
+        var = torch.ones_like(mu)
+        if posterior and i:
+            rows = buffer.pick(buffer.enc[task], rng, args.context_size)[None]
+            with torch.no_grad():
+                mu, var = agent.posterior(buffer.at(rows, args.frame_stack))
+        carry = {"z": mu + var.sqrt() * torch.randn_like(mu)}
+        first = buffer.row
+        for step in play_trajectory(agent, env, carry, True)[0]:
+            buffer.add(step)
+            returns.append(step.reward)
+        for index in (buffer.rl, buffer.enc) if for_context else (buffer.rl,):
+            index[task].append(first)
+    return sum(returns) / math.ceil(steps / env.horizon)
+
+
+def train(args, run_dir, interrupt, payload=None):
+    """Algorithm 1: initial trajectories, then iterations of collecting and of updates."""
+    rng = np.random.default_rng(args.seed)
+    torch.manual_seed(args.seed)
+    train_thetas, test_thetas = split(args)
+    video_size = 256 if args.video else 0
+    env, eval_env = make_env(args, args.seed), make_env(args, 0, video_size=video_size)
+    env.horizon = eval_env.horizon = horizon(args)
+    agent = Agent(args, env.spec)
+    buffer = TaskBuffer(replay_rows(args), env.spec, args.device, env.horizon)
+    if payload:
+        now, _ = load_checkpoint(payload, run_dir, agent, buffer, env, rng)
+    else:
+        now = {"step": 0, "iteration": 0, "metrics": {}, "rows": [], "wall_s": 0.0, "saved": 0,
+               "random_return": 0.0, "eval_return": None, "return_by_context": [],
+               "rl": [[] for _ in train_thetas], "enc": [[] for _ in train_thetas]}
+    buffer.rl, buffer.enc = now["rl"], now["enc"]
+    logger = Logger(args, run_dir, now["step"], now["rows"])
+    clock = time.monotonic() - now["wall_s"]
+
+    def gather(task, steps, posterior, for_context):
+        if not steps or interrupt.signal:
+            return None
+        mean = collect(agent, env, buffer, task, train_thetas[task], steps, posterior, for_context, rng)
+        now["step"] = buffer.row - sum(map(len, buffer.rl))
+        return mean
+
+    if not payload:
+        returns = [gather(i, args.initial_steps, False, True) for i in range(len(train_thetas))]
+        now["random_return"] = float(np.mean(returns))
+        print(f"untrained policy: {now['random_return']:.1f} per trajectory")
+        agent.standardise(buffer)
+    while now["step"] < args.total_frames and not interrupt.signal:
+        returns = []
+        for _ in range(args.tasks_per_iteration):
+            task = int(rng.integers(len(train_thetas)))
+            buffer.enc[task].clear()
+            gather(task, args.prior_steps, False, True)
+            gather(task, args.posterior_steps, True, True)
+            returns.append(gather(task, args.extra_steps, True, False))
+        for _ in range(args.updates_per_iteration):
+            if interrupt.signal:
+                break
+            now["metrics"] |= agent.update(agent.sample(buffer, rng))
+        if interrupt.signal:
+            break
+        now["iteration"] += 1
+        row = {"frames": now["step"], "updates": agent.updates}
+        if returns[0] is not None:
+            row["train/return"] = float(np.mean(returns))
+        before = now["step"] - iteration_steps(args)[1]
+        every = args.eval_every_frames
+        if now["step"] // every > before // every or now["step"] >= args.total_frames:
+            by_context, means, video = evaluate(agent, eval_env, test_thetas, args, video_size=video_size)
+            mean = by_context.mean((0, 1))
+            now["return_by_context"], now["eval_return"] = mean.tolist(), float(mean[-1])
+            row |= {f"eval/return_{k}": value for k, value in enumerate(mean.tolist())}
+            tqdm.write(f"{now['step']:,} frames: " + " ".join(f"{r:.1f}" for r in mean))
+            logger.show(now["step"], {"z": scatter(means, test_thetas)}, video, env.fps)
+        check_finite(now["metrics"], agent.updates)
+        now["wall_s"] = time.monotonic() - clock
+        logger.log(row | {k: float(v) for k, v in now["metrics"].items()} | {"time/wall_s": now["wall_s"]})
+        logger.bar.update(now["step"] - logger.bar.n)
+        if now["step"] - now["saved"] >= args.checkpoint_every_frames:
+            now["saved"] = now["step"]
+            with survive("checkpoint"):
+                save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
+    now["wall_s"] = time.monotonic() - clock
+    logger.bar.close()
+    return summary(args, now, agent.updates)
+
+
+def scatter(means, thetas):
+    """Picture (200, 200, 3) of the first two numbers of z, one colour per task."""
+    picture = np.full((200, 200, 3), 255, np.uint8)
+    xy = means[..., : min(2, means.shape[-1])]
+    xy = np.concatenate([xy, np.zeros_like(xy)], -1)[..., :2]
+    low, high = xy.min((0, 1)), xy.max((0, 1))
+    places = (5 + 190 * (xy - low) / np.maximum(high - low, 1e-6)).astype(int)
+    for i in range(len(thetas)):
+        share = i / max(1, len(thetas) - 1)
+        colour = np.array([255 * share, 80, 255 * (1 - share)], np.uint8)
+        for x, y in places[i]:
+            picture[199 - y - 2 : 199 - y + 3, x - 2 : x + 3] = colour
+    return picture
+
+
+# ---- main (shared: the same text in every script) -----------------------------------------------
+
+
+def summary(args, now, updates):
+    """The numbers of the last line that is printed."""
+    return {"env_id": args.env_id, "script": Path(__file__).stem, "seed": args.seed,
+            "device": args.device, "frames": now["step"] * args.action_repeat, "updates": updates,
+            "wall_s": round(now["wall_s"], 1), "random_return": now["random_return"],
+            "eval_return": now["eval_return"]}  # fmt: skip
+
+
+def play(args):
+    """--evaluate: plays a checkpoint's agent and writes a video beside it."""
+    payload, path = read_checkpoint(args.evaluate, "evaluate", args.device), Path(args.evaluate)
+    chosen = {k: v for k, v in vars(args).items() if k in FREE_ON_RESUME}
+    args = dataclasses.replace(make_args(payload["args"]), **chosen)
+    env = make_env(args, 0, video_size=256)
+    agent = Agent(args, env.spec)
+    agent.load_state_dict(payload["agent"])
+    policy = functools.partial(agent.act, explore=False)
+    returns, video = evaluate(policy, env, args.seed + 2**31, args.eval_episodes, 256 * args.video)
+    env.close()
+    print("returns: " + " ".join(f"{r:.1f}" for r in returns))
+    if video:
+        folder = path if path.is_dir() else path.parent
+        with survive("video"):
+            print(f"video: {write_video(folder / 'evaluation', video, env.fps)}")
+    now = payload["progress"] | {"eval_return": returns.mean().item()}
+    return summary(args, now, payload["updates"])
+
+
+def main(args):
+    """Checks what takes PyTorch and the simulator to check, then trains or plays."""
+    if args.device == "auto":
+        mps = torch.backends.mps.is_available()
+        args.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        torch.zeros(1, device=args.device).item()
+    except (RuntimeError, AssertionError) as e:
+        refuse("device", f"{args.device} cannot be used; try auto ({str(e).splitlines()[0]})")
+    if args.evaluate:
+        print("summary " + json.dumps(play(args) | {"run_dir": args.evaluate}))
+        return
+    with require_renderer():
+        env = make_env(args, 0)
+        env.close()
+    rows, row_bytes = replay_rows(args), ReplayBuffer.row_bytes(env.spec)
+    size, free = rows * row_bytes, free_memory(args.device)
+    if size > free:
+        refuse("replay_capacity", f"{rows} rows of {row_bytes} bytes are {size / 2**30:.1f} GiB, "
+               f"{free / 2**30:.1f} are free; at most {int(0.9 * free / row_bytes)}")  # fmt: skip
+    payload, run_dir = None, Path(args.resume)
+    if args.resume:
+        payload = read_checkpoint(run_dir, "resume", args.device)
+        for name, was in vars(make_args(payload["args"])).items():
+            if name not in FREE_ON_RESUME and was != getattr(args, name):
+                refuse(name, f"the run has {was}; for another value start a new run")
+    else:
+        stamp = time.strftime("%Y%m%d-%H%M%S-") + str(os.getpid())
+        names = args.env_id, Path(__file__).stem, str(args.seed), stamp
+        run_dir = Path(args.runs_dir, "__".join(names))
+        try:
+            run_dir.mkdir(parents=True)
+            (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
+        except OSError as e:
+            refuse("runs_dir", f"{run_dir} cannot be made ({e.strerror})")
+    print(f"{args.env_id}, seed {args.seed}, {args.device}, in {run_dir}\nreplay: {rows:,} rows of "
+          f"{row_bytes:,} bytes, {size / 2**30:.2f} GiB of {free / 2**30:.1f} free", flush=True)
+    interrupt = Interrupt()
+    numbers = train(args, run_dir, interrupt, payload)
+    if numbers["frames"] + args.action_repeat <= args.total_frames:
+        print(f"stopped; to go on: python {Path(__file__).name} --resume {run_dir}")
+        sys.exit(128 + interrupt.signal)
+    print("summary " + json.dumps(numbers | {"run_dir": str(run_dir)}))
+
+
+if __name__ == "__main__":
+    main(ARGS)
