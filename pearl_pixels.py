@@ -5,31 +5,34 @@
 #     "tensorboard>=2.20,<3", "imageio>=2.37,<3", "tqdm>=4.66,<5", "pytest>=8",
 # ]
 # ///
-"""PEARL from pixels: an agent that finds out which task it is in from a few trajectories.
+"""PEARL from pixels: an agent that infers from a few trajectories which task it has been given.
 
 Rakelly et al. 2019, Efficient Off-Policy Meta-Reinforcement Learning via Probabilistic Context
 Variables, https://arxiv.org/abs/1903.08254; the authors' code: https://github.com/katerakelly/oyster
-From pixels: designs 1 to 3 of Marshall & Khasar (--obs-mode cnn-test, cnn, cnn-rl), and two more.
+From pixels: the three designs of Marshall & Khasar, and two that need no state (--obs-mode).
 
-    context {(x, a, r)} --> MLP --> a Gaussian each --> their product q(z | c) --> z
-                        J(Q) and KL(q || N(0, I)) train it
-    x, z -x-> actor     x, a, z --> Q1, Q2     x, z -x-> V      x: z carries no gradient
-    image --> CNN --> x, trained by the state's regression, J(Q), or a reconstruction
+    context {(x, a, r)} --> MLP --> one Gaussian each --> their product q(z | c) --> z
+                            J(Q) and the KL to N(0, I) train it
+    x, a, z --> Q1, Q2       x, z -x-> V, actor       x: no gradient into z
+    images --> CNN --> x     trained by the state's regression, by J(Q), or by a reconstruction too
 
     python pearl_pixels.py --smoke                  # a visible result in minutes on a laptop
-    python pearl_pixels.py --env-id cheetah-vel     # meta-training on 20 target velocities
-    python pearl_pixels.py --evaluate RUN_DIR       # adapt to new tasks and film it
+    python pearl_pixels.py --env-id cheetah-vel     # 20 target velocities to train on, 10 to test
+    python pearl_pixels.py --evaluate RUN_DIR       # adapt to the test tasks, and film it
 
-Shapes: T tasks, B transitions each, N transitions of context each, K stacked images, C H W image,
-S state, X features x, L latent z, A action.
-Units: frame = step = one decision (action repeat 1); a trajectory is `horizon` steps of one task;
-update = one gradient update on T tasks.
+Shapes: T tasks, B transitions of each, N transitions of context of each, M = T B, K stacked images,
+C H W image, S state, X what the agent sees of it (x), L task variable (z), A action.
+Units: frame = step = one decision, as families set the control step; trajectory = `horizon` steps
+of one task; update = one gradient update on T tasks.
 
 Differences from the paper and the authors' code
-D1  z is drawn once per update; theirs draws twice and drops the first.
-D2  Layers start as PyTorch's; theirs from rlkit's rule by fan-out.
-D3  One joint step on J(Q) and the KL; theirs adds two backward passes: the same gradient.
-D4  No recurrent encoder: theirs is marked as broken.
+D1  z is drawn once per update; theirs draws twice and uses the second. The same distribution.
+D2  One backward pass through J(Q) and the KL, theirs two: the same gradient.
+D3  No recurrent context encoder: in their code it is marked as not working.
+D4  Evaluation has a seed and random numbers of its own, and reports every number of trajectories
+    of context, z inferred anew after each. Theirs reports the last of three.
+D5  dm_control's bodies are not Gym's: returns cannot be compared with the paper's.
+D6  The designs from pixels were published as slides without code: what they leave open is ours.
 """
 
 import contextlib
@@ -63,32 +66,32 @@ if sys.platform == "linux":
 
 # ---- Args --------------------------------------------------------------------------------------
 
-ACTION_REPEAT = dict.fromkeys(())
+ACTION_REPEAT = {}  # not used: families set the length of a step
 SMOKE = {
     "env_id": "pendulum-goal2", "obs_mode": "critic", "image_size": 32, "render": "fast",
-    "total_frames": 20_400, "initial_steps": 100, "tasks_per_iteration": 2, "prior_steps": 50,
-    "posterior_steps": 0, "extra_steps": 50, "updates_per_iteration": 50, "meta_batch": 2,
+    "total_frames": 24_200, "initial_steps": 100, "tasks_per_iteration": 2, "prior_steps": 50,
+    "posterior_steps": 50, "extra_steps": 0, "updates_per_iteration": 50, "meta_batch": 2,
     "batch_size": 32, "context_size": 32, "latent_dim": 2, "hidden_dim": 128, "context_dim": 128,
     "filters": 16, "conv_strides": (2, 2, 1), "feature_dim": 32, "lr": 1e-3, "cnn_lr": 1e-3,
-    "gamma": 0.9, "tau": 0.01, "kl_lambda": 0.01, "eval_every_frames": 5000, "eval_episodes": 20,
-    "context_trajectories": 2,
+    "gamma": 0.9, "tau": 0.01, "kl_lambda": 0.01, "context_trajectories": 2,
+    "eval_every_frames": 6000, "eval_episodes": 20,
 }  # fmt: skip
 
 
 @dataclasses.dataclass
 class Args:
     # every script
-    env_id: str = "cheetah-vel"  # <domain>-<task> of the dm_control suite
+    env_id: str = "cheetah-vel"  # <domain>-<task> of the dm_control suite (here, a family of tasks)
     seed: int = 1  # of environment, networks and sampling; evaluation has its own
     total_frames: int = 520_000  # length of the run [frames]
-    action_repeat: int = 1  # frames per step; 0: the published value for the task
+    action_repeat: int = 0  # frames per step; 0: the published value for the task
     image_size: int = 64  # side of the square image [pixels]
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there, else mps, else cpu
     replay_capacity: int = 1_000_000  # rows, one per step and episode start, or the run's if less
-    batch_size: int = 64  # samples per update (transitions of each task; code 256)
+    batch_size: int = 64  # samples per update (transitions, of each task; code 256)
     eval_every_frames: int = 20_000  # distance between evaluations [frames]
-    eval_episodes: int = 2  # episodes per evaluation (of each test task and number of contexts)
+    eval_episodes: int = 2  # episodes per evaluation (of each task, for each number of contexts)
     checkpoint_every_frames: int = 1000  # at the first episode end after so many [frames]
     runs_dir: str = "runs"  # where the run's folder is made
     resume: str = ""  # run folder to go on with; its arguments become the defaults
@@ -98,9 +101,10 @@ class Args:
     video: bool = True  # film the first episode of every evaluation
     # this algorithm
     obs_mode: Literal["state", "cnn-test", "cnn", "cnn-rl", "ae", "critic"] = "critic"  # what x is
-    critic: Literal["v", "q"] = "v"  # V and a fixed temperature (paper), or target Qs and a learned one
-    train_tasks: int = 20  # tasks to train on, if theta is continuous (paper 100)
-    test_tasks: int = 10  # tasks to test on, if theta is continuous (paper 30)
+    critic: Literal["v", "q"] = "v"  # V, temperature 1 (paper); or target Qs, learned temperature
+    oracle: bool = False  # z is the task's parameter: nothing is inferred
+    train_tasks: int = 20  # tasks to train on, where there are infinitely many (paper 100)
+    test_tasks: int = 10  # tasks to test on, where there are infinitely many (paper 30)
     task_seed: int = 1337  # of the tasks' parameters
     horizon: int = 0  # steps per trajectory (0: the family's)
     initial_steps: int = 1000  # per training task, by the untrained policy (code 2000)
@@ -111,34 +115,39 @@ class Args:
     updates_per_iteration: int = 1000  # gradient updates per iteration (code 2000)
     meta_batch: int = 16  # tasks per update (code 16)
     context_size: int = 100  # transitions of context per task and update (code 100)
-    context_trajectories: int = 4  # most of them in an evaluation
+    context_trajectories: int = 4  # the most of an evaluation
     latent_dim: int = 5  # size of z (code 5)
-    next_obs_in_context: bool = False  # for families whose dynamics differ
+    next_obs_in_context: bool = False  # for families that differ in their dynamics
     hidden_dim: int = 300  # width of the hidden layers (code 300)
     context_dim: int = 200  # width of the context encoder (code 200)
+    gamma: float = 0.99  # discount per step (paper 0.99)
+    lr: float = 3e-4  # Adam step of actor, critics and context encoder (code 3e-4)
+    tau: float = 0.005  # part of the way that target V or Qs go at a time (code 0.005)
+    kl_lambda: float = 0.1  # weight of the KL, which is a sum over tasks (code 0.1)
+    reward_scale: float = 5.0  # of rewards in J(Q); the context has them as they are (code 5)
     frame_stack: int = 3  # images per observation
     filters: int = 32  # channels of every conv layer
     conv_strides: tuple[int, ...] = (2, 2, 2, 2)  # one 3x3 conv layer each
-    feature_dim: int = 50  # size of x with --obs-mode ae or critic
-    rl_weight: float = 0.1  # cnn-rl: of the gradient of J(Q) in the CNN
-    cnn_pretrain_updates: int = 1000  # cnn modes: regression on the initial steps alone
-    decoder_weight_decay: float = 1e-7  # ae: L2 on the decoder, inside Adam
-    latent_weight: float = 1e-6  # ae: of the penalty |x|^2 / 2
-    gamma: float = 0.99  # discount per step (paper 0.99)
-    lr: float = 3e-4  # Adam step of actor, critics and context encoder (code 3e-4)
+    feature_dim: int = 50  # size of x, if it is not the state
     cnn_lr: float = 3e-4  # Adam step of CNN and decoder
-    tau: float = 0.005  # part of the way that target V or Qs go at a time (code 0.005)
+    cnn_pretrain_updates: int = 1000  # regressions on the initial trajectories, if x is the state
+    rl_weight: float = 0.1  # of J(Q)'s gradient in the CNN with --obs-mode cnn-rl
     encoder_tau: float = 0.05  # part of the way that the target encoder goes
-    kl_lambda: float = 0.1  # weight of the KL, summed over tasks (code 0.1)
-    reward_scale: float = 5.0  # of rewards in J(Q), not in the context (code 5)
+    latent_weight: float = 1e-6  # of the penalty |z|^2 / 2 (of x, with --obs-mode ae)
+    decoder_weight_decay: float = 1e-7  # L2 on the decoder, inside Adam
 
 
-MAY_BE_ZERO = {"action_repeat", "cnn_pretrain_updates", "decoder_weight_decay", "extra_steps", "gamma",
-               "horizon", "kl_lambda", "latent_weight", "posterior_steps", "rl_weight", "seed",
-               "task_seed"}
+MAY_BE_ZERO = {"action_repeat", "cnn_pretrain_updates", "decoder_weight_decay", "extra_steps",
+               "gamma", "horizon", "kl_lambda", "latent_weight", "posterior_steps", "prior_steps",
+               "rl_weight", "seed", "task_seed"}  # fmt: skip
 AT_MOST_ONE = {"encoder_tau", "gamma", "tau"}
 FREE_ON_RESUME = {"checkpoint_every_frames", "device", "eval_episodes", "eval_every_frames",
                   "resume", "runs_dir", "smoke", "total_frames", "track", "video"}  # fmt: skip
+HORIZON = {  # families of tasks, and the steps of their trajectories
+    "cheetah-vel": 200, "cheetah-dir": 200, "walker-vel": 200, "cartpole-goal": 200,
+    "reacher-goal": 100, "point-goal": 20, "pendulum-goal2": 25, "pendulum-goal": 25,
+    "pendulum-gear": 200, "pendulum-gravity": 200, "pendulum-mass": 200,
+}  # fmt: skip
 
 
 def refuse(name, why):
@@ -193,7 +202,17 @@ def check_args(args):
         from absl import logging
 
         logging.set_verbosity("error")  # MuJoCo warns of dm_control's own XML files
-        from dm_control import suite  # noqa: F401
+        import dm_control.suite
+    check_run(args, dm_control.suite.ALL_TASKS)
+
+
+def check_run(args, _):
+    """Refuses a run that ends before it learns, and an unknown family."""
+    if args.env_id not in HORIZON:
+        near = difflib.get_close_matches(args.env_id, HORIZON, 3, 0.4) or HORIZON
+        refuse("env_id", f"there is no family {args.env_id!r}, but {', '.join(near)}")
+    if args.horizon > HORIZON[args.env_id]:
+        refuse("horizon", f"{args.horizon} is above the family's {HORIZON[args.env_id]}")
 
 
 @contextlib.contextmanager
@@ -219,6 +238,18 @@ def conv_sizes(size, strides):
 
 def check_algorithm(args):
     """The part of check_args that is this script's own."""
+    if args.action_repeat != 1 and args.action_repeat != 2:  # 2 is check_args's for 0
+        refuse("action_repeat", "families set the length of a step; leave it out")
+    args.action_repeat = 1
+    if not args.conv_strides:
+        refuse("conv_strides", "there must be one conv layer at least")
+    if min(conv_sizes(args.image_size, args.conv_strides)) < 1:
+        least = functools.reduce(lambda n, stride: (n - 1) * stride + 3, args.conv_strides[::-1], 1)
+        refuse("image_size", f"{args.image_size} is too small for these convs; from {least} on")
+    if args.obs_mode == "state":
+        args.frame_stack = 1  # of states
+    if not args.prior_steps + args.posterior_steps:
+        refuse("prior_steps", "there is no context without steps for it; use more than 0")
 
 
 if __name__ == "__main__":  # up here, so that --help and a wrong flag need not wait for PyTorch
@@ -245,7 +276,8 @@ class MetaTask:
     shows theta: targets are invisible, and what points at them is left out of observations."""
 
     def __init__(self, task, family):
-        self.task, self.family, self.theta = task, family, 0.0
+        self.task, self.family = task, family
+        self.theta = draw_thetas(family, np.random.RandomState(0), 1)[0]
 
     def __getattr__(self, name):
         return getattr(self.task, name)  # everything else is the suite's
@@ -282,7 +314,6 @@ class Family(NamedTuple):
     """Tasks that differ in theta."""
 
     base: str  # task of the suite that it is made of
-    horizon: int  # steps per trajectory
     dt: float  # length of a step [s]
     thetas: object  # function of a random generator; or all of them, for training and test
     reward: object  # function of MetaTask and physics; default: the suite's
@@ -334,47 +365,47 @@ def suite_reward(task, physics):
 
 
 FAMILIES = {
-    "cheetah-vel": Family("cheetah-run", 200, 0.05, lambda r: r.uniform(0, 3),
+    "cheetah-vel": Family("cheetah-run", 0.05, lambda r: r.uniform(0, 3),
                           lambda t, p: -abs(t.velocity(p) - t.theta) - t.effort()),
-    "cheetah-dir": Family("cheetah-run", 200, 0.05, (-1.0, 1.0),
+    "cheetah-dir": Family("cheetah-run", 0.05, (-1.0, 1.0),
                           lambda t, p: t.theta * t.velocity(p) - t.effort()),
-    "walker-vel": Family("walker-walk", 200, 0.05, lambda r: r.uniform(0, 2), walker_reward),
-    "cartpole-goal": Family("cartpole-balance", 200, 0.02, lambda r: r.uniform(-1, 1),
+    "walker-vel": Family("walker-walk", 0.05, lambda r: r.uniform(0, 2), walker_reward),
+    "cartpole-goal": Family("cartpole-balance", 0.02, lambda r: r.uniform(-1, 1),
                             cartpole_reward),
-    "reacher-goal": Family("reacher-easy", 100, 0.04,
+    "reacher-goal": Family("reacher-easy", 0.04,
                            lambda r: (r.uniform(0.05, 0.2), r.uniform(-math.pi, math.pi)),
                            lambda t, p: -p.finger_to_target_dist(), put_target),
-    "point-goal": Family("point_mass-easy", 20, 0.1, lambda r: r.uniform(-math.pi, math.pi),
+    "point-goal": Family("point_mass-easy", 0.1, lambda r: r.uniform(-math.pi, math.pi),
                          lambda t, p: -p.mass_to_target_dist(), put_point_and_target),
-    "pendulum-goal2": Family("pendulum-swingup", 25, 0.04, (-math.pi / 2, math.pi / 2),
+    "pendulum-goal2": Family("pendulum-swingup", 0.04, (-math.pi / 2, math.pi / 2),
                              angle_reward, tame_pendulum),
-    "pendulum-goal": Family("pendulum-swingup", 25, 0.04, lambda r: r.uniform(-1.8, 1.8),
+    "pendulum-goal": Family("pendulum-swingup", 0.04, lambda r: r.uniform(-1.8, 1.8),
                             angle_reward, tame_pendulum),
-    "pendulum-gear": Family("pendulum-swingup", 200, 0.02, (-1.0, 1.0), suite_reward,
+    "pendulum-gear": Family("pendulum-swingup", 0.02, (-1.0, 1.0), suite_reward,
                             lambda p, theta: p.model.actuator_gear.__setitem__((0, 0), theta)),
-    "pendulum-gravity": Family("pendulum-swingup", 200, 0.02, lambda r: r.uniform(5, 15),
+    "pendulum-gravity": Family("pendulum-swingup", 0.02, lambda r: r.uniform(5, 15),
                                suite_reward,
                                lambda p, theta: p.model.opt.gravity.__setitem__(2, -theta)),
-    "pendulum-mass": Family("pendulum-swingup", 200, 0.02, lambda r: r.uniform(0.5, 2),
+    "pendulum-mass": Family("pendulum-swingup", 0.02, lambda r: r.uniform(0.5, 2),
                             suite_reward, set_mass),
 }
 
 
-def split(args):
-    """Parameters of the tasks to train on and of those to test on, whatever --seed is."""
-    family, random = FAMILIES[args.env_id], np.random.RandomState(args.task_seed)
+def draw_thetas(family, random, count):
+    """Parameters of `count` tasks, or of all there are."""
     if isinstance(family.thetas, tuple):
-        return list(family.thetas), list(family.thetas)
-    thetas = [family.thetas(random) for _ in range(args.train_tasks + args.test_tasks)]
+        return list(family.thetas)
+    return [family.thetas(random) for _ in range(count)]
+
+
+def split(args):
+    """Parameters of the tasks to train on and of those to test on, whatever --seed is. Where there
+    are but two they are both."""
+    family, random = FAMILIES[args.env_id], np.random.RandomState(args.task_seed)
+    thetas = draw_thetas(family, random, args.train_tasks + args.test_tasks)
+    if isinstance(family.thetas, tuple):
+        return thetas, thetas
     return thetas[: args.train_tasks], thetas[args.train_tasks :]
-
-
-def load_task(env_id, random):
-    """The dm_control environment of a family."""
-    family = FAMILIES[env_id]
-    env = suite.load(*family.base.split("-", 1), {"random": random})
-    return control.Environment(env.physics, MetaTask(env.task, family), control_timestep=family.dt,
-                               time_limit=(family.horizon - 0.5) * family.dt)
 
 
 # ---- PixelEnv (shared: the same text in every script) -------------------------------------------
@@ -384,7 +415,7 @@ class EnvSpec(NamedTuple):
     obs_shape: tuple  # (3, H, W) of an image or (S,) of a state vector
     obs_dtype: torch.dtype
     action_dim: int
-    state_dim: int
+    state_dim: int = 0  # of Step.state
 
 
 class Step(NamedTuple):
@@ -397,6 +428,14 @@ class Step(NamedTuple):
     last: bool  # the episode is over
 
 
+def load_task(env_id, random):
+    """The dm_control environment of a family."""
+    family = FAMILIES[env_id]
+    env = suite.load(*family.base.split("-", 1), {"random": random})
+    return control.Environment(env.physics, MetaTask(env.task, family), control_timestep=family.dt,
+                               time_limit=(HORIZON[env_id] - 0.5) * family.dt)
+
+
 class PixelEnv:
     """A dm_control suite task: action repeat, a camera, a random state that can be restored.
 
@@ -405,11 +444,10 @@ class PixelEnv:
     """
 
     def __init__(self, env_id, seed, action_repeat, image_size, render, pixels=True, video_size=0):
-        domain, task = env_id.split("-", 1)
         self.random = np.random.RandomState(seed)
         self.env = load_task(env_id, self.random)
         self.action_repeat, self.image_size, self.pixels = action_repeat, image_size, pixels
-        self.camera_id = 2 if domain == "quadruped" else 0
+        self.camera_id = 2 if env_id.startswith("quadruped") else 0
         self.cameras, self.flags = {}, {}
         action_spec = self.env.action_spec()
         bounds = action_spec.minimum, action_spec.maximum
@@ -420,8 +458,8 @@ class PixelEnv:
             vis.quality.offsamples, vis.quality.numslices, vis.quality.numstacks = 0, 8, 6
             self.flags = {"shadow": False, "reflection": False}
         dtype = torch.uint8 if pixels else torch.float32
-        step = self.reset()
-        self.spec = EnvSpec(step.obs.shape, dtype, len(self.low), len(step.state))
+        first = self.reset()
+        self.spec = EnvSpec(first.obs.shape, dtype, len(self.low), len(first.state))
         self.fps = max(1, round(1 / (self.env.control_timestep() * action_repeat)))  # of a video
         self.random.seed(seed)  # that reset does not count
 
@@ -575,26 +613,38 @@ class ReplayBuffer:
 
 
 class TaskBuffer(ReplayBuffer):
-    """The replay buffer of all tasks, with a column for the state, and for every task two lists of
-    the rows at which its trajectories start: of all (rl), and of those for the context (enc)."""
+    """The replay buffer of all training tasks, with the state beside the image. For each task two
+    lists of the rows at which its trajectories start: of all of them (rl), and of those that z may
+    be inferred from (enc). They are the checkpoint's; all rows of a run are kept."""
 
     def __init__(self, capacity, spec, device, horizon):
         super().__init__(capacity, spec, device)
         self.columns["state"] = torch.empty((capacity, spec.state_dim), device=device)
-        self.horizon, self.rl, self.enc = horizon, [], []
+        self.horizon = horizon
+
+    def watch(self, thetas, rl, enc, latent_dim):
+        """Takes the tasks' parameters and lists; the parameters also as a z (tasks, L)."""
+        self.task_thetas, self.rl, self.enc = thetas, rl, enc
+        self.thetas = torch.stack([as_z(theta, latent_dim) for theta in thetas]).to(self.device)
 
     def pick(self, starts, rng, count):
-        """Rows (count,) at which transitions of these trajectories begin, with replacement."""
+        """Rows (count,) at which transitions of trajectories begin, with replacement."""
         i = rng.integers(0, len(starts) * self.horizon, count)
         return np.array(starts)[i // self.horizon] + i % self.horizon
 
     def at(self, rows, stack):
-        """Transitions (T, N, ...) that begin at rows (T, N)."""
+        """The transitions that begin at rows (T, N): {name: (T, N, ...)}."""
         window = np.maximum(rows[..., None] + np.arange(1 - stack, 2), self.start[rows][..., None])
-        obs = self.gather("obs", window)  # (T, N, stack + 1, ...)
+        obs = self.gather("obs", window)  # (T, N, stack + 1, C, H, W)
         out = {key: self.gather(key, rows + 1) for key in ("action", "reward", "discount")}
         out |= {"state": self.gather("state", rows), "next_state": self.gather("state", rows + 1)}
         return out | {"obs": obs[:, :, :-1].flatten(2, 3), "next_obs": obs[:, :, 1:].flatten(2, 3)}
+
+
+def as_z(theta, latent_dim):
+    """A task's parameter in the first places of a z (L,), for --oracle."""
+    values = torch.atleast_1d(torch.as_tensor(theta, dtype=torch.float32))
+    return F.pad(values, (0, latent_dim - len(values)))
 
 
 def free_memory(device):
@@ -667,14 +717,6 @@ def soft_update(net, target, tau):
         t.lerp_(p, tau)
 
 
-def conv_sizes(size, strides):
-    """Side of the image and of every 3x3 conv layer's output [pixels]."""
-    sizes = [size]
-    for stride in strides:
-        sizes.append((sizes[-1] - 3) // stride + 1)
-    return sizes
-
-
 # ---- networks ----------------------------------------------------------------------------------
 
 
@@ -722,102 +764,129 @@ class Agent(nn.Module):
     def __init__(self, args, spec):
         super().__init__()
         self.args, self.updates, self.action_dim = args, 0, spec.action_dim
-        images = (args.frame_stack * spec.obs_shape[0], *spec.obs_shape[1:])
+        self.horizon = args.horizon or HORIZON[args.env_id]
         self.free = args.obs_mode in ("ae", "critic")  # x means what training makes of it
-        x_dim = args.feature_dim if self.free else spec.state_dim
         A, L = spec.action_dim, args.latent_dim
+        x_dim = args.feature_dim if self.free else spec.state_dim
         net = functools.partial(mlp, hidden_dim=args.hidden_dim, layers=3)
-        self.context_encoder = mlp(
-            (1 + args.next_obs_in_context) * x_dim + A + 1, args.context_dim, 3, 2 * L)
         self.actor = net(x_dim + L, out_dim=2 * A, last=1e-3)
         self.q1, self.q2 = (net(x_dim + A + L, out_dim=1) for _ in range(2))
-        self.v = net(x_dim + L, out_dim=1)
-        self.cnn = self.target_cnn = self.decoder = None
-        if args.obs_mode != "state":
-            self.cnn = Encoder(images, x_dim, self.free, args)
-        if args.obs_mode == "ae":
-            self.decoder = Decoder(images, x_dim, args)
+        context_dim = (2 if args.next_obs_in_context else 1) * x_dim + A + 1
+        self.context_encoder = mlp(context_dim, args.context_dim, 3, 2 * L)
         self.register_buffer("state_mean", torch.zeros(spec.state_dim))
         self.register_buffer("state_std", torch.ones(spec.state_dim))
-        self.to(args.device, memory_format=torch.channels_last)
-        self.target_v = copy.deepcopy(self.v).requires_grad_(False)
+        groups = {"critic": ["q1", "q2"], "actor": ["actor"], "context": ["context_encoder"]}
+        if args.critic == "v":
+            self.v = net(x_dim + L, out_dim=1)
+            self.target_v = copy.deepcopy(self.v)
+            groups["v"] = ["v"]
+        else:
+            self.target_q1, self.target_q2 = copy.deepcopy(self.q1), copy.deepcopy(self.q2)
+            self.log_alpha = nn.Parameter(torch.zeros(()))
+        if args.obs_mode != "state":
+            images = (args.frame_stack * spec.obs_shape[0], *spec.obs_shape[1:])
+            self.cnn = Encoder(images, x_dim, self.free, args)
+            groups["cnn"] = ["cnn"]
         if self.free:
-            self.target_cnn = copy.deepcopy(self.cnn).requires_grad_(False)
+            self.target_cnn = copy.deepcopy(self.cnn)
+        if args.obs_mode == "ae":
+            self.decoder = Decoder(images, x_dim, args)
+            groups["decoder"] = ["decoder"]
+        self.to(args.device, memory_format=torch.channels_last)
+        for name, module in self.named_children():
+            module.requires_grad_(not name.startswith("target_"))
 
-        adam = functools.partial(torch.optim.Adam, fused=True)
-        self.optimizers = {
-            "critic": adam([*self.q1.parameters(), *self.q2.parameters()], args.lr),
-            "context": adam(self.context_encoder.parameters(), args.lr),
-            "v": adam(self.v.parameters(), args.lr),
-            "actor": adam(self.actor.parameters(), args.lr),
-        }
-        if self.cnn is not None:
-            self.optimizers["cnn"] = adam(self.cnn.parameters(), args.cnn_lr)
-        if self.decoder is not None:
-            self.optimizers["decoder"] = adam(self.decoder.parameters(), args.cnn_lr,
-                                              weight_decay=args.decoder_weight_decay)
+        # Who trains what: a loss moves the parameters of its own optimizers, nothing else.
+        self.optimizers = {}
+        for group, names in groups.items():
+            parameters = [p for name in names for p in self.get_submodule(name).parameters()]
+            lr = args.cnn_lr if group in ("cnn", "decoder") else args.lr
+            decay = args.decoder_weight_decay if group == "decoder" else 0.0
+            self.optimizers[group] = torch.optim.Adam(
+                parameters, lr, weight_decay=decay, fused=True)
+        if args.critic == "q":
+            self.optimizers["alpha"] = torch.optim.Adam([self.log_alpha], args.lr, fused=True)
 
-    # -- what the agent sees, and what it makes of the context
+    def prior(self, theta):
+        """Mean and variance (1, L) of z before any context; with --oracle, all there is to know."""
+        mu = as_z(theta, self.args.latent_dim).to(self.args.device)[None]
+        return (mu, torch.zeros_like(mu)) if self.args.oracle else (0 * mu, torch.ones_like(mu))
 
-    def see(self, obs, state, cnn, training=True):
-        """x (N, X) of stacked images (N, K * C, H, W) and states (N, S)."""
-        if self.args.obs_mode == "state" or self.args.obs_mode == "cnn-test" and training:
-            return (state - self.state_mean) / self.state_std
-        return cnn(preprocess(obs))
+    def standardise(self, state):
+        """States (..., S) in units of the initial trajectories' spread."""
+        return (state - self.state_mean) / self.state_std
+
+    def see(self, obs, state, true_state, target=False):
+        """x (M, X) of stacked images (M, K * C, H, W), or of states (M, S)."""
+        if self.args.obs_mode == "state" or true_state:
+            return self.standardise(state)
+        return (self.target_cnn if target else self.cnn)(preprocess(obs))
 
     def infer(self, x, action, reward, next_x):
-        """Mean and variance (T, L) of q(z | c) from context (T, N, X), (T, N, A), (T, N, 1)."""
+        """Mean and variance (T, L) of q(z | c), from context (T, N, X), (T, N, A), (T, N, 1)."""
         parts = [x, action, reward] + [next_x] * self.args.next_obs_in_context
         mu, var = self.context_encoder(torch.cat(parts, -1)).chunk(2, -1)
-        return product_of_gaussians(mu, F.softplus(var))  # [PEARL (q)]
+        return product_of_gaussians(mu, F.softplus(var))  # [PEARL (4)]
 
     def policy(self, x, z):
-        """Mean and log standard deviation (N, A) before the tanh."""
+        """Mean and log standard deviation (M, A) before the tanh."""
         mean, log_std = self.actor(torch.cat([x, z], -1)).chunk(2, -1)
         return mean, log_std.clamp(-20, 2)
 
-    def q(self, x, action, z):
-        """Q1, Q2 (N, 1)."""
-        everything = torch.cat([x, action, z], -1)
-        return self.q1(everything), self.q2(everything)
-
     @torch.no_grad()  # acting learns nothing
     def act(self, step, carry, explore):
-        """Action (A,) for a Step; carry holds z (1, L), the stack of images, whether the true state
-        is used where there is a choice; it comes back with x (1, X)."""
+        """Action (A,) for a Step. The carry holds z (1, L), whether the true state is seen, and the
+        stack of images; it comes back with x (1, X)."""
         obs = torch.as_tensor(step.obs, device=self.args.device)[None]
         state = torch.as_tensor(step.state, device=self.args.device)[None]
-        old = carry.get("stack")
-        if self.cnn is not None:
-            K, C = self.args.frame_stack, obs.shape[1]
-            obs = torch.cat([obs] * K if old is None else [old[:, C:], obs], 1)
-        x = self.see(obs, state, self.cnn, carry.get("true_state", True))
+        if self.args.obs_mode != "state":
+            old = carry.get("stack", torch.cat([obs] * self.args.frame_stack, 1))
+            obs = torch.cat([old[:, obs.shape[1] :], obs], 1)  # (1, K * C, H, W)
+        x = self.see(obs, state, carry["true_state"])
         mean, log_std = self.policy(x, carry["z"])
         action = tanh_gaussian(mean, log_std)[0] if explore else torch.tanh(mean)
         return action[0].cpu(), {**carry, "stack": obs, "x": x}
 
-    # -- losses
-
     def kl_loss(self, mu, var):
         """KL(q(z | c) || N(0, I)) of (T, L), summed over both."""
-        return 0.5 * (var + mu.square() - 1 - var.log()).sum()  # [PEARL (1)]
+        return 0.5 * (var + mu.square() - 1 - var.log()).sum()  # [PEARL KL]
+
+    def target(self, reward, discount, next_x, z):
+        """What the Qs are to be (M, 1)."""
+        if self.args.critic == "v":
+            value = self.target_v(torch.cat([next_x, z], -1))
+        else:
+            action, log_prob = tanh_gaussian(*self.policy(next_x, z))
+            inputs = torch.cat([next_x, action, z], -1)
+            value = torch.min(self.target_q1(inputs), self.target_q2(inputs))
+            value = value - self.log_alpha.exp() * log_prob
+        return self.args.reward_scale * reward + self.args.gamma * discount * value
 
     def q_loss(self, x, action, z, target):
-        """Squared TD error of both Qs; z and x carry gradients."""
-        q1, q2 = self.q(x, action, z)
-        return F.mse_loss(q1, target) + F.mse_loss(q2, target)  # [PEARL alg. 1:18]
+        """Squared TD error of both Qs; trains them, z, and perhaps x."""
+        inputs = torch.cat([x, action, z], -1)
+        q1, q2 = self.q1(inputs), self.q2(inputs)
+        return F.mse_loss(q1, target) + F.mse_loss(q2, target)  # [PEARL J(Q)]
 
-    def v_loss(self, x, z, value):
-        return F.mse_loss(self.v(torch.cat([x, z], -1)), value)  # [PEARL V]
+    def v_loss(self, x, z, q, log_prob):
+        """Squared distance of V to the policy's value."""
+        value = self.v(torch.cat([x, z], -1))
+        return F.mse_loss(value, (q - log_prob).detach())  # [PEARL J(V)]
 
-    def actor_loss(self, log_prob, q, mean, log_std):
-        """SAC's with temperature 1, and rlkit's pull of mean and log std towards 0."""
-        pull = 1e-3 * (mean.square().mean() + log_std.square().mean())
-        return (log_prob - q).mean() + pull  # [PEARL alg. 1:17]
+    def actor_loss(self, q, log_prob, mean, log_std):
+        """SAC's, and a pull of mean and log std towards 0."""
+        alpha = 1.0 if self.args.critic == "v" else self.log_alpha.exp().detach()
+        pull = 1e-3 * mean.square().mean() + 1e-3 * log_std.square().mean()
+        return (alpha * log_prob - q).mean() + pull  # [PEARL J(pi)]
+
+    def alpha_loss(self, log_prob):
+        """Moves the temperature until the entropy is -A."""
+        error = (self.action_dim - log_prob).detach()
+        return (self.log_alpha.exp() * error).mean()  # [SAC J(alpha)]
 
     def cnn_loss(self, x, state):
-        """Squared error of the estimated standardised state."""
-        return F.mse_loss(x, (state - self.state_mean) / self.state_std)  # [M&K CNN]
+        """Squared error of the estimated state, in units of its variance."""
+        return F.mse_loss(x, self.standardise(state))  # [M&K CNN]
 
     def reconstruction_loss(self, x, obs):
         """SAC+AE's: squared pixel error and a penalty that keeps x small."""
@@ -825,77 +894,112 @@ class Agent(nn.Module):
         error = F.mse_loss(self.decoder(x), target)
         return error + self.args.latent_weight * 0.5 * x.square().sum(-1).mean()  # [SAC+AE J(RAE)]
 
-    def standardise(self, buffer):
-        """Fixes mean and spread of the states by those of the initial trajectories."""
-        state = buffer.columns["state"][: buffer.row]
-        self.state_mean.copy_(state.mean(0))
-        self.state_std.copy_(state.std(0).clamp(min=1e-3))
+    def posterior(self, context):
+        """Mean and variance (T, L) of q(z | c), from context (T, N, ...) of the replay buffer."""
+        if self.args.oracle:
+            return context["theta"], torch.zeros_like(context["theta"])
+        shape, xs = context["action"].shape[:2], []
+        true_state = self.args.obs_mode == "cnn-test"
+        with torch.no_grad():  # the CNN learns from the transitions, not from the context
+            for key in ("", "next_"):
+                obs, state = context[key + "obs"], context[key + "state"]
+                xs.append(self.see(obs.flatten(0, 1), state.flatten(0, 1), true_state))
+                if not self.args.next_obs_in_context:
+                    xs.append(xs[0])
+                    break
+        x, next_x = (x.unflatten(0, shape) for x in xs)
+        return self.infer(x, context["action"], context["reward"], next_x)
 
     def sample(self, buffer, rng):
-        """The batch that update() takes: of meta_batch tasks, transitions and context."""
+        """The batch that update() takes: transitions (T, B, ...), context (T, N, ...)."""
         args = self.args
         tasks = rng.integers(0, len(buffer.rl), args.meta_batch)
-        rows = np.stack([buffer.pick(buffer.rl[i], rng, args.batch_size) for i in tasks])
+        transitions = np.stack([buffer.pick(buffer.rl[i], rng, args.batch_size) for i in tasks])
         context = np.stack([buffer.pick(buffer.enc[i], rng, args.context_size) for i in tasks])
-        return buffer.at(rows, args.frame_stack), buffer.at(context, args.frame_stack)
-
-    def posterior(self, context):
-        """Mean and variance (T, L) of q(z | c) for transitions (T, N, ...) of the replay buffer."""
-        shape = context["action"].shape[:2]
-        flat = {key: value.flatten(0, 1) for key, value in context.items()}
-        with torch.no_grad():  # the CNN learns from the transitions, not from the context
-            x = self.see(flat["obs"], flat["state"], self.cnn).unflatten(0, shape)
-            next_x = x
-            if self.args.next_obs_in_context:
-                next_x = self.see(flat["next_obs"], flat["next_state"], self.cnn)
-                next_x = next_x.unflatten(0, shape)
-        return self.infer(x, context["action"], context["reward"], next_x)
+        context = buffer.at(context, args.frame_stack) | {"theta": buffer.thetas[tasks]}
+        return {"transitions": buffer.at(transitions, args.frame_stack), "context": context}
 
     def update(self, batch):
         """One update from a batch of sample(); metrics as 0-d tensors."""
-        (batch, context), args, opt = batch, self.args, self.optimizers
-        mu, var = self.posterior(context)
-        z = mu + var.sqrt() * torch.randn_like(mu)  # (T, L)
-        z = z.repeat_interleave(batch["action"].shape[1], 0)  # (T * B, L)
-        obs, state, action, reward, discount, next_obs, next_state = (
-            batch[key].flatten(0, 1) for key in (
-                "obs", "state", "action", "reward", "discount", "next_obs", "next_state"))
-        zd = z.detach()  # z is trained by J(Q) and the KL alone
-        x = self.see(obs, state, self.cnn)
+        args, optimizers, metrics = self.args, self.optimizers, {}
+        mu, var = self.posterior(batch["context"])  # [PEARL alg. 1:13]
+        z = mu + var.sqrt() * torch.randn_like(mu)  # (T, L)  D1
+        z = z.repeat_interleave(args.batch_size, 0)  # (M, L)
+        obs, next_obs, state, next_state, action, reward, discount = (
+            batch["transitions"][key].flatten(0, 1) for key in (
+                "obs", "next_obs", "state", "next_state", "action", "reward", "discount"))
+        true_state = args.obs_mode == "cnn-test"  # design 1 meets the CNN in evaluations only
+        x, movers = self.see(obs, state, true_state), ["critic"]
         with torch.no_grad():  # the target is a constant
-            next_x = self.see(next_obs, next_state, self.target_cnn if self.free else self.cnn)
-            value = self.target_v(torch.cat([next_x, zd], -1))
-            target = args.reward_scale * reward + args.gamma * discount * value
-        metrics, movers = {}, [opt["critic"], opt["context"]]
-        loss = 0.0
-        if self.cnn is not None:
-            movers.append(opt["cnn"])
-        xq = x
-        if args.obs_mode in ("cnn", "cnn-rl", "cnn-test"):
-            estimate = x if args.obs_mode != "cnn-test" else self.cnn(preprocess(obs))
-            loss = metrics["loss/cnn"] = self.cnn_loss(estimate, state)
+            next_x = self.see(next_obs, next_state, true_state, target=self.free)
+            target = self.target(reward, discount, next_x, z)
+        extra, x_for_q = 0.0, x
+        if args.obs_mode.startswith("cnn"):
+            estimate = self.cnn(preprocess(obs)) if true_state else x
+            extra = metrics["loss/cnn"] = self.cnn_loss(estimate, state)
             weight = args.rl_weight if args.obs_mode == "cnn-rl" else 0.0
-            xq = x.detach() + weight * (x - x.detach())  # J(Q)'s gradient in the CNN, scaled
-        elif self.decoder is not None:
-            loss = metrics["loss/reconstruction"] = self.reconstruction_loss(x, obs)
-            movers.append(opt["decoder"])
-        metrics["loss/q"] = self.q_loss(xq, action, z, target)
-        metrics["loss/kl"] = self.kl_loss(mu, var)
-        minimize(loss + metrics["loss/q"] + args.kl_lambda * metrics["loss/kl"], *movers)
-        x = x.detach()  # actor and V do not train the CNN
-        mean, log_std = self.policy(x, zd)
-        new_action, log_prob = tanh_gaussian(mean, log_std)
-        q = torch.min(*self.q(x, new_action, zd))
-        metrics["loss/v"] = self.v_loss(x, zd, (q - log_prob).detach())
-        metrics["loss/actor"] = self.actor_loss(log_prob, q, mean, log_std)
-        minimize(metrics["loss/v"], opt["v"])
-        minimize(metrics["loss/actor"], opt["actor"])
-        soft_update(self.v, self.target_v, args.tau)
+            x_for_q = x.detach() + weight * (x - x.detach())  # scales J(Q)'s gradient in the CNN
+        if args.obs_mode == "ae":
+            extra = metrics["loss/reconstruction"] = self.reconstruction_loss(x, obs)
+            movers.append("decoder")
+        metrics["loss/q"] = self.q_loss(x_for_q, action, z, target)
+        if not args.oracle:
+            metrics["loss/kl"] = self.kl_loss(mu, var)
+            extra = extra + args.kl_lambda * metrics["loss/kl"]
+            movers.append("context")
+        if args.obs_mode != "state":
+            movers.append("cnn")
+        minimize(metrics["loss/q"] + extra, *(optimizers[name] for name in movers))
+        x, z = x.detach(), z.detach()  # V and actor train neither the CNN nor the context encoder
+        metrics |= self.update_policy(x, z)
         if self.free:
             soft_update(self.cnn, self.target_cnn, args.encoder_tau)
-        metrics |= {"stat/posterior_var": var.mean(), "stat/entropy": -log_prob.mean()}
         self.updates += 1
+        metrics["stat/posterior_var"] = var.mean()
         return {name: value.detach() for name, value in metrics.items()}
+
+    def update_policy(self, x, z):
+        """V or the temperature, the actor, and the targets, from x (M, X), z (M, L)."""
+        args, optimizers, metrics = self.args, self.optimizers, {}
+        mean, log_std = self.policy(x, z)
+        action, log_prob = tanh_gaussian(mean, log_std)
+        inputs = torch.cat([x, action, z], -1)
+        q = torch.min(self.q1(inputs), self.q2(inputs))
+        metrics["loss/actor"] = self.actor_loss(q, log_prob, mean, log_std)
+        if args.critic == "v":
+            metrics["loss/v"] = self.v_loss(x, z, q, log_prob)
+            minimize(metrics["loss/v"], optimizers["v"])
+            soft_update(self.v, self.target_v, args.tau)
+        else:
+            metrics["loss/alpha"] = self.alpha_loss(log_prob)
+            soft_update(self.q1, self.target_q1, args.tau)
+            soft_update(self.q2, self.target_q2, args.tau)
+        minimize(metrics["loss/actor"], optimizers["actor"])
+        if args.critic == "q":
+            minimize(metrics["loss/alpha"], optimizers["alpha"])
+        return metrics | {"stat/entropy": -log_prob.mean()}
+
+    def prepare(self, buffer, rng):
+        """After the initial trajectories: fixes the standardisation, and fits the CNN to states."""
+        state = buffer.columns["state"][: buffer.row]
+        self.state_mean.copy_(state.mean(0))
+        self.state_std.copy_(state.std(0).clamp(min=1e-3))
+        if self.args.obs_mode.startswith("cnn"):
+            for _ in range(self.args.cnn_pretrain_updates):
+                batch = self.sample(buffer, rng)["transitions"]
+                x = self.cnn(preprocess(batch["obs"].flatten(0, 1)))
+                minimize(self.cnn_loss(x, batch["state"].flatten(0, 1)), self.optimizers["cnn"])
+
+
+    @torch.no_grad()  # for the eye
+    def images(self, buffer, rng):
+        """{name: uint8 (H, W, 3)}: with a decoder, eight images above their reconstructions."""
+        if self.args.obs_mode != "ae":
+            return {}
+        obs = self.sample(buffer, rng)["transitions"]["obs"].flatten(0, 1)[:8]
+        output = ((self.decoder(self.cnn(preprocess(obs))) + 0.5) * 255).clamp(0, 255).byte()
+        grid = torch.cat([obs[:, -3:], output[:, -3:]], 2)  # (8, 3, 2 H, W)
+        return {"reconstruction": grid.permute(2, 0, 3, 1).flatten(1, 2).cpu().numpy()}
 
 
 # ---- evaluate ----------------------------------------------------------------------------------
@@ -918,54 +1022,64 @@ def set_rng_state(states):
         torch.mps.set_rng_state(others[0])
 
 
-def play_trajectory(agent, env, carry, explore, see=None):
-    """One trajectory with act(carry): its Steps, the x of each, and the return."""
-    step, xs, steps = env.reset(), [], []
-    steps.append(step)
-    while not step.last and len(xs) < env.horizon:
-        if see:
-            see()
-        action, carry = agent.act(step, carry, explore)
+def play_trajectory(agent, env, carry, explore, film=None):
+    """One trajectory: its Steps (H + 1 of them), and the x (1, X) of all but the last. Appends
+    images to `film`, if that is a list."""
+    steps, xs = [env.reset()], []
+    while not steps[-1].last and len(xs) < agent.horizon:
+        if film is not None:
+            film.append(env.render(256).copy())
+        action, carry = agent.act(steps[-1], carry, explore)
         xs.append(carry["x"])
-        step = env.step(action)
-        steps.append(step)
+        steps.append(env.step(action))
     return steps, xs
 
 
-def evaluate(agent, env, thetas, args, true_state=False, video_size=0):
-    """Adapts to every task of `thetas`, `eval_episodes` times over: trajectory k is played with z
-    from k trajectories of context, by the mean action. The paper's algorithm 2.
+def evaluate(agent, env, thetas, true_state, film=None):
+    """Adapts to every task of `thetas`, eval_episodes times: trajectory k is played by the mean
+    action with z from the k trajectories before. The paper's algorithm 2.
 
     Seeds the environment and PyTorch, and leaves PyTorch's random numbers as they were. Gives the
-    returns (tasks, episodes, k), the posterior means (tasks, episodes, L), and the first task's images.
+    returns (tasks, episodes, k + 1) and the last posterior means (tasks, episodes, L).
     """
-    K = args.context_trajectories
-    returns = np.zeros((len(thetas), args.eval_episodes, K + 1))
-    means = np.zeros((len(thetas), args.eval_episodes, args.latent_dim))
-    video, before = [], rng_state()
+    args, before = agent.args, rng_state()
+    returns = np.zeros((len(thetas), args.eval_episodes, args.context_trajectories + 1))
+    means = np.zeros((*returns.shape[:2], args.latent_dim))
     env.random.seed(args.seed + 2**31)
     torch.manual_seed(args.seed)
-    for i, theta in enumerate(thetas):
-        env.env.task.theta = theta
-        for j in range(args.eval_episodes):
-            mu = torch.zeros(1, args.latent_dim, device=args.device)
-            var, context = torch.ones_like(mu), []
-            for k in range(K + 1):
-                z = mu + var.sqrt() * torch.randn_like(mu)
-                film = video_size and i == j == 0
-                carry = {"z": z, "true_state": true_state}
-                steps, xs = play_trajectory(
-                    agent, env, carry, False,
-                    lambda: video.append(env.render(video_size).copy()) if film else None)
-                returns[i, j, k] = sum(step.reward for step in steps)
+    for i, j in np.ndindex(returns.shape[:2]):
+        env.env.task.theta, context = thetas[i], []
+        mu, var = agent.prior(thetas[i])
+        for k in range(returns.shape[2]):  # [PEARL alg. 2:3]
+            z = mu + var.sqrt() * torch.randn_like(mu)
+            carry = {"z": z, "true_state": true_state}
+            steps, xs = play_trajectory(agent, env, carry, False, film if i == j == 0 else None)
+            returns[i, j, k] = sum(step.reward for step in steps)
+            for x, next_x, step in zip(xs, [*xs[1:], xs[-1]], steps[1:], strict=True):
+                reward = torch.tensor([[step.reward]], device=args.device)
+                action = torch.as_tensor(step.action, device=args.device)[None]
+                context.append((x, action, reward, next_x))
+            if not args.oracle:
                 with torch.no_grad():
-                    context += [(x, torch.as_tensor(s.action, device=args.device)[None],
-                                 torch.tensor([[s.reward]], device=args.device), y)
-                                for x, y, s in zip(xs, [*xs[1:], xs[-1]], steps[1:], strict=True)]
-                    mu, var = agent.infer(*(torch.stack(c, 1) for c in zip(*context, strict=True)))
-            means[i, j] = mu[0].cpu()
-    set_rng_state(before)
-    return returns, means, video
+                    mu, var = agent.infer(*map(torch.stack, zip(*context, strict=True)))
+        means[i, j] = mu[0].cpu()
+    set_rng_state(before)  # D4
+    return returns, means
+
+
+def interval(values):
+    """Mean over tasks and its 95 % bootstrap interval, of values (tasks, ...) -> (3, ...)."""
+    rng, n = np.random.default_rng(0), len(values)
+    means = values[rng.integers(0, n, (1000, n))].mean(1)
+    return np.stack([values.mean(0), *np.percentile(means, [2.5, 97.5], 0)])
+
+
+def report(returns):
+    """{name: number} of returns (tasks, episodes, k + 1); the gain is that of two trajectories."""
+    k = min(2, returns.shape[2] - 1)
+    gains = returns[..., k] - returns[..., 0]
+    out = {f"eval/return_{i}": value for i, value in enumerate(returns.mean((0, 1)))}
+    return out | {"eval/gain": gains.mean(), "eval/gain_error": gains.std() / gains.size**0.5}
 
 
 # ---- Logger and checkpoints (shared: the same text in every script) -----------------------------
@@ -1021,13 +1135,17 @@ class Logger:
         self.bar.set_postfix(shown)
 
     def show(self, frames, images, video, fps):
-        """Writes {name: uint8 (H, W, 3)} as PNG and to TensorBoard, and the video."""
+        """Writes {name: uint8 (H, W, 3)} as PNG and to TensorBoard, and the video; a (T, H, W, 3)
+        among the images is one too."""
+        videos = {"": video} | {f"_{k}": v for k, v in images.items() if v.ndim == 4}
         with survive("images"):
             for name, image in images.items():
-                imageio.imwrite(self.run_dir / f"images/{frames:09d}_{name}.png", image)
-                self.writer.add_image(name, image, frames, dataformats="HWC")
-            if video:
-                write_video(self.run_dir / f"videos/{frames:09d}", video, fps)
+                if image.ndim == 3:
+                    imageio.imwrite(self.run_dir / f"images/{frames:09d}_{name}.png", image)
+                    self.writer.add_image(name, image, frames, dataformats="HWC")
+            for name, film in videos.items():
+                if len(film):
+                    write_video(self.run_dir / f"videos/{frames:09d}{name}", film, fps)
 
 
 def write_file(payload, path, previous=None):
@@ -1120,28 +1238,25 @@ def load_checkpoint(payload, run_dir, agent, buffer, env, rng):
 
 
 def make_env(args, seed, pixels=True, video_size=0):
-    """The family's environment; env.env.task.theta chooses the task."""
+    """The family's environment; env.env.task.theta is the task."""
     return PixelEnv(args.env_id, seed, args.action_repeat, args.image_size, args.render,
                     pixels and args.obs_mode != "state", video_size)  # fmt: skip
 
 
-def horizon(args):
-    """Steps of a trajectory."""
-    return args.horizon or FAMILIES[args.env_id].horizon
-
-
-def iteration_steps(args):
-    """Steps of the initial collection and of an iteration, in whole trajectories."""
-    initial, *visit = (horizon(args) * math.ceil(steps / horizon(args)) for steps in (
-        args.initial_steps, args.prior_steps, args.posterior_steps, args.extra_steps))
-    return len(split(args)[0]) * initial, args.tasks_per_iteration * sum(visit)
+def trajectories(args):
+    """Of the initial collection from a task; then of a visit: from the prior, from the posterior,
+    and extra."""
+    horizon = args.horizon or HORIZON[args.env_id]
+    return [math.ceil(steps / horizon) for steps in (
+        args.initial_steps, args.prior_steps, args.posterior_steps, args.extra_steps)]
 
 
 def replay_rows(args):
     """Rows of the replay buffer: all of the run's, one per step and one per trajectory."""
-    first, each = iteration_steps(args)
-    steps = first + math.ceil((args.total_frames - first) / each) * each
-    return steps + steps // horizon(args)
+    horizon, (initial, *visit) = args.horizon or HORIZON[args.env_id], trajectories(args)
+    first, each = initial * len(split(args)[0]), args.tasks_per_iteration * sum(visit)
+    iterations = max(0, math.ceil((args.total_frames / horizon - first) / each))
+    return (horizon + 1) * (first + iterations * each)
 
 
 class Interrupt:
@@ -1160,111 +1275,121 @@ class Interrupt:
 
 
 
-def collect(agent, env, buffer, task, theta, steps, posterior, for_context, rng):
-    """Whole trajectories of a task until there are `steps`; the first with z from the prior, the
-    others, if `posterior`, with z from the task's context. Gives the returns."""
-    env.env.task.theta, args, returns = theta, agent.args, []
-    for i in range(math.ceil(steps / env.horizon)):
-        mu = torch.zeros(1, args.latent_dim, device=args.device)
-        var = torch.ones_like(mu)
-        if posterior and i:
-            rows = buffer.pick(buffer.enc[task], rng, args.context_size)[None]
+def collect(agent, env, buffer, task, count, posterior, for_context, rng):
+    """`count` trajectories of a training task; with z from the prior, or, but for the first, from
+    the posterior given some of the task's context. Gives their returns."""
+    env.env.task.theta, returns = buffer.task_thetas[task], []
+    for i in range(count):
+        mu, var = agent.prior(env.env.task.theta)
+        if posterior and i and not agent.args.oracle:
+            rows = buffer.pick(buffer.enc[task], rng, agent.args.context_size)[None]
             with torch.no_grad():
-                mu, var = agent.posterior(buffer.at(rows, args.frame_stack))
-        carry = {"z": mu + var.sqrt() * torch.randn_like(mu)}
+                mu, var = agent.posterior(buffer.at(rows, agent.args.frame_stack))
+        carry = {"z": mu + var.sqrt() * torch.randn_like(mu),
+                 "true_state": agent.args.obs_mode == "cnn-test"}
         first = buffer.row
-        for step in play_trajectory(agent, env, carry, True)[0]:
+        steps, _ = play_trajectory(agent, env, carry, explore=True)
+        for step in steps:
             buffer.add(step)
-            returns.append(step.reward)
-        for index in (buffer.rl, buffer.enc) if for_context else (buffer.rl,):
-            index[task].append(first)
-    return sum(returns) / math.ceil(steps / env.horizon)
+        buffer.rl[task].append(first)
+        if for_context:
+            buffer.enc[task].append(first)
+        returns.append(sum(step.reward for step in steps))
+    return returns
 
 
 def train(args, run_dir, interrupt, payload=None):
-    """Algorithm 1: initial trajectories, then iterations of collecting and of updates."""
-    rng = np.random.default_rng(args.seed)
+    """The paper's algorithm 1. A checkpoint is written between two iterations; a signal ends the
+    run within one, so that it goes on from that iteration's start."""
+    rng, (train_thetas, test_thetas) = np.random.default_rng(args.seed), split(args)
     torch.manual_seed(args.seed)
-    train_thetas, test_thetas = split(args)
-    video_size = 256 if args.video else 0
-    env, eval_env = make_env(args, args.seed), make_env(args, 0, video_size=video_size)
-    env.horizon = eval_env.horizon = horizon(args)
+    env, eval_env = make_env(args, args.seed), make_env(args, 0, video_size=256 * args.video)
     agent = Agent(args, env.spec)
-    buffer = TaskBuffer(replay_rows(args), env.spec, args.device, env.horizon)
+    buffer = TaskBuffer(replay_rows(args), env.spec, args.device, agent.horizon)
+    initial, prior, posterior, extra = trajectories(args)
     if payload:
         now, _ = load_checkpoint(payload, run_dir, agent, buffer, env, rng)
     else:
         now = {"step": 0, "iteration": 0, "metrics": {}, "rows": [], "wall_s": 0.0, "saved": 0,
                "random_return": 0.0, "eval_return": None, "return_by_context": [],
-               "rl": [[] for _ in train_thetas], "enc": [[] for _ in train_thetas]}
-    buffer.rl, buffer.enc = now["rl"], now["enc"]
+               "rl": [[] for _ in train_thetas], "enc": [[] for _ in train_thetas]}  # fmt: skip
+        env.reset()
+    buffer.watch(train_thetas, now["rl"], now["enc"], args.latent_dim)
     logger = Logger(args, run_dir, now["step"], now["rows"])
     clock = time.monotonic() - now["wall_s"]
-
-    def gather(task, steps, posterior, for_context):
-        if not steps or interrupt.signal:
-            return None
-        mean = collect(agent, env, buffer, task, train_thetas[task], steps, posterior, for_context, rng)
-        now["step"] = buffer.row - sum(map(len, buffer.rl))
-        return mean
-
     if not payload:
-        returns = [gather(i, args.initial_steps, False, True) for i in range(len(train_thetas))]
-        now["random_return"] = float(np.mean(returns))
-        print(f"untrained policy: {now['random_return']:.1f} per trajectory")
-        agent.standardise(buffer)
+        with survive("checkpoint"):
+            save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
     while now["step"] < args.total_frames and not interrupt.signal:
-        returns = []
-        for _ in range(args.tasks_per_iteration):
+        returns, row = [], {}
+        if now["iteration"] == 0:
+            for task in range(len(train_thetas)):
+                returns += collect(agent, env, buffer, task, initial, False, True, rng)
+            now["random_return"] = float(np.mean(returns))
+            print(f"untrained policy: {now['random_return']:.1f} per trajectory", flush=True)
+            agent.prepare(buffer, rng)
+        for _ in range(args.tasks_per_iteration):  # [PEARL alg. 1:3]
             task = int(rng.integers(len(train_thetas)))
-            buffer.enc[task].clear()
-            gather(task, args.prior_steps, False, True)
-            gather(task, args.posterior_steps, True, True)
-            returns.append(gather(task, args.extra_steps, True, False))
-        for _ in range(args.updates_per_iteration):
+            now["enc"][task].clear()
+            collect(agent, env, buffer, task, prior, False, True, rng)  # [PEARL alg. 1:6]
+            returns = collect(agent, env, buffer, task, posterior, True, True, rng)
+            returns += collect(agent, env, buffer, task, extra, True, False, rng)
+            if interrupt.signal:
+                break
+        for _ in range(args.updates_per_iteration):  # [PEARL alg. 1:11]
             if interrupt.signal:
                 break
             now["metrics"] |= agent.update(agent.sample(buffer, rng))
         if interrupt.signal:
             break
+        before, now["step"] = now["step"], buffer.row - sum(map(len, now["rl"]))
         now["iteration"] += 1
-        row = {"frames": now["step"], "updates": agent.updates}
-        if returns[0] is not None:
-            row["train/return"] = float(np.mean(returns))
-        before = now["step"] - iteration_steps(args)[1]
+        row["train/return"] = float(np.mean(returns)) if returns else None
         every = args.eval_every_frames
         if now["step"] // every > before // every or now["step"] >= args.total_frames:
-            by_context, means, video = evaluate(agent, eval_env, test_thetas, args, video_size=video_size)
-            mean = by_context.mean((0, 1))
-            now["return_by_context"], now["eval_return"] = mean.tolist(), float(mean[-1])
-            row |= {f"eval/return_{k}": value for k, value in enumerate(mean.tolist())}
-            tqdm.write(f"{now['step']:,} frames: " + " ".join(f"{r:.1f}" for r in mean))
-            logger.show(now["step"], {"z": scatter(means, test_thetas)}, video, env.fps)
+            film = [] if args.video else None
+            by_context, means = evaluate(agent, eval_env, test_thetas, False, film)
+            row |= report(by_context)
+            now["return_by_context"] = interval(by_context.mean(1)).T.tolist()
+            now["eval_return"] = now["return_by_context"][min(2, args.context_trajectories)][0]
+            now["gain"] = [row["eval/gain"], row["eval/gain_error"]]
+            if args.obs_mode.startswith("cnn"):  # the distribution shift, as a number
+                shift = report(evaluate(agent, eval_env, test_thetas, True)[0])
+                row |= {k.replace("/", "/true_state_"): v for k, v in shift.items()}
+            tqdm.write(f"{now['step']:,} frames: return by trajectories of context "
+                       + " ".join(f"{mean:.1f}" for mean, *_ in now["return_by_context"]))
+            images = {"z": scatter(means)} | agent.images(buffer, np.random.default_rng(0))
+            logger.show(now["step"], images, film or [], env.fps)
         check_finite(now["metrics"], agent.updates)
         now["wall_s"] = time.monotonic() - clock
-        logger.log(row | {k: float(v) for k, v in now["metrics"].items()} | {"time/wall_s": now["wall_s"]})
-        logger.bar.update(now["step"] - logger.bar.n)
+        metrics = {name: float(value) for name, value in now["metrics"].items()}
+        counters = {"frames": now["step"], "updates": agent.updates}
+        logger.log(counters | row | metrics | {"time/wall_s": now["wall_s"]})
+        logger.bar.update(now["step"] - before)
         if now["step"] - now["saved"] >= args.checkpoint_every_frames:
             now["saved"] = now["step"]
             with survive("checkpoint"):
                 save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
-    now["wall_s"] = time.monotonic() - clock
     logger.bar.close()
+    with survive("metrics"):
+        logger.writer.close()
+    env.close()
+    eval_env.close()
     return summary(args, now, agent.updates)
 
 
-def scatter(means, thetas):
-    """Picture (200, 200, 3) of the first two numbers of z, one colour per task."""
-    picture = np.full((200, 200, 3), 255, np.uint8)
-    xy = means[..., : min(2, means.shape[-1])]
-    xy = np.concatenate([xy, np.zeros_like(xy)], -1)[..., :2]
+def scatter(means, size=200):
+    """Picture (size, size, 3) of the first two numbers of posterior means (tasks, episodes, L), a
+    colour for each task."""
+    picture = np.full((size, size, 3), 255, np.uint8)
+    xy = np.concatenate([means, np.zeros_like(means)], -1)[..., :2]
     low, high = xy.min((0, 1)), xy.max((0, 1))
-    places = (5 + 190 * (xy - low) / np.maximum(high - low, 1e-6)).astype(int)
-    for i in range(len(thetas)):
-        share = i / max(1, len(thetas) - 1)
-        colour = np.array([255 * share, 80, 255 * (1 - share)], np.uint8)
-        for x, y in places[i]:
-            picture[199 - y - 2 : 199 - y + 3, x - 2 : x + 3] = colour
+    places = (4 + (size - 9) * (xy - low) / np.maximum(high - low, 1e-6)).astype(int)
+    for task, dots in enumerate(places):
+        share = task / max(1, len(means) - 1)
+        for x, y in dots:
+            colour = 255 * share, 60, 255 * (1 - share)
+            picture[size - y - 5 : size - y, x - 2 : x + 3] = colour
     return picture
 
 
@@ -1272,30 +1397,33 @@ def scatter(means, thetas):
 
 
 def summary(args, now, updates):
-    """The numbers of the last line that is printed."""
+    """The numbers of the last line that is printed; returns by context: mean and 95 % interval."""
     return {"env_id": args.env_id, "script": Path(__file__).stem, "seed": args.seed,
             "device": args.device, "frames": now["step"] * args.action_repeat, "updates": updates,
             "wall_s": round(now["wall_s"], 1), "random_return": now["random_return"],
-            "eval_return": now["eval_return"]}  # fmt: skip
+            "eval_return": now["eval_return"], "return_by_context": now["return_by_context"],
+            "gain": now.get("gain")}  # fmt: skip
 
 
 def play(args):
-    """--evaluate: plays a checkpoint's agent and writes a video beside it."""
+    """--evaluate: adapts a checkpoint's agent to the test tasks and writes a video beside it."""
     payload, path = read_checkpoint(args.evaluate, "evaluate", args.device), Path(args.evaluate)
     chosen = {k: v for k, v in vars(args).items() if k in FREE_ON_RESUME}
     args = dataclasses.replace(make_args(payload["args"]), **chosen)
-    env = make_env(args, 0, video_size=256)
+    env, film = make_env(args, 0, video_size=256), [] if args.video else None
     agent = Agent(args, env.spec)
     agent.load_state_dict(payload["agent"])
-    policy = functools.partial(agent.act, explore=False)
-    returns, video = evaluate(policy, env, args.seed + 2**31, args.eval_episodes, 256 * args.video)
+    returns, _ = evaluate(agent, env, split(args)[1], False, film)
     env.close()
-    print("returns: " + " ".join(f"{r:.1f}" for r in returns))
-    if video:
+    for theta, row in zip(split(args)[1], returns.mean(1), strict=True):
+        print(f"task {np.round(theta, 2)}: " + " ".join(f"{r:.1f}" for r in row))
+    if film:
         folder = path if path.is_dir() else path.parent
         with survive("video"):
-            print(f"video: {write_video(folder / 'evaluation', video, env.fps)}")
-    now = payload["progress"] | {"eval_return": returns.mean().item()}
+            print(f"video: {write_video(folder / 'evaluation', film, env.fps)}")
+    by_context = interval(returns.mean(1)).T.tolist()
+    now = payload["progress"] | {"return_by_context": by_context,
+                                 "eval_return": by_context[min(2, len(by_context) - 1)][0]}
     return summary(args, now, payload["updates"])
 
 

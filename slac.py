@@ -180,11 +180,8 @@ def check_args(args):
                     refuse(name, f"{number} is above 1")
     args.action_repeat = args.action_repeat or ACTION_REPEAT.get(args.env_id, 2)
     check_algorithm(args)
-    steps = args.total_frames // args.action_repeat
     if args.seed >= 2**31:  # evaluation adds as much
         refuse("seed", f"{args.seed} is not below {2**31}")
-    if steps <= args.warmup_steps:
-        refuse("total_frames", f"{steps} steps are no more than the --warmup-steps; raise it")
     if args.replay_capacity < 1000:
         refuse("replay_capacity", f"{args.replay_capacity} is below 1000, one long episode")
     if args.track and not importlib.util.find_spec("wandb"):
@@ -197,8 +194,16 @@ def check_args(args):
         from absl import logging
 
         logging.set_verbosity("error")  # MuJoCo warns of dm_control's own XML files
-        from dm_control import suite
-    tasks = sorted("-".join(task) for task in suite.ALL_TASKS)
+        import dm_control.suite
+    check_run(args, dm_control.suite.ALL_TASKS)
+
+
+def check_run(args, suite_tasks):
+    """Refuses a run that ends before it learns, and an unknown task."""
+    steps = args.total_frames // args.action_repeat
+    if steps <= args.warmup_steps:
+        refuse("total_frames", f"{steps} steps are no more than the --warmup-steps; raise it")
+    tasks = sorted("-".join(task) for task in suite_tasks)
     if args.env_id not in tasks:
         near = difflib.get_close_matches(args.env_id, tasks, 3, 0.4) or tasks
         refuse("env_id", f"the suite has no task {args.env_id!r}, but {', '.join(near)}")
@@ -251,6 +256,7 @@ class EnvSpec(NamedTuple):
     obs_shape: tuple  # (3, H, W) of an image or (S,) of a state vector
     obs_dtype: torch.dtype
     action_dim: int
+    state_dim: int = 0  # of Step.state
 
 
 class Step(NamedTuple):
@@ -263,6 +269,12 @@ class Step(NamedTuple):
     last: bool  # the episode is over
 
 
+def load_task(env_id, random):
+    """The dm_control environment of a task of the suite."""
+    limit = {"time_limit": 30.0} if env_id.startswith("lqr") else {}  # the only one without an end
+    return suite.load(*env_id.split("-", 1), {"random": random, **limit})
+
+
 class PixelEnv:
     """A dm_control suite task: action repeat, a camera, a random state that can be restored.
 
@@ -271,12 +283,10 @@ class PixelEnv:
     """
 
     def __init__(self, env_id, seed, action_repeat, image_size, render, pixels=True, video_size=0):
-        domain, task = env_id.split("-", 1)
         self.random = np.random.RandomState(seed)
-        limit = {"time_limit": 30.0} if domain == "lqr" else {}  # the only domain without an end
-        self.env = suite.load(domain, task, {"random": self.random, **limit})
+        self.env = load_task(env_id, self.random)
         self.action_repeat, self.image_size, self.pixels = action_repeat, image_size, pixels
-        self.camera_id = 2 if domain == "quadruped" else 0
+        self.camera_id = 2 if env_id.startswith("quadruped") else 0
         self.cameras, self.flags = {}, {}
         action_spec = self.env.action_spec()
         bounds = action_spec.minimum, action_spec.maximum
@@ -287,7 +297,8 @@ class PixelEnv:
             vis.quality.offsamples, vis.quality.numslices, vis.quality.numstacks = 0, 8, 6
             self.flags = {"shadow": False, "reflection": False}
         dtype = torch.uint8 if pixels else torch.float32
-        self.spec = EnvSpec(self.reset().obs.shape, dtype, len(self.low))
+        first = self.reset()
+        self.spec = EnvSpec(first.obs.shape, dtype, len(self.low), len(first.state))
         self.fps = max(1, round(1 / (self.env.control_timestep() * action_repeat)))  # of a video
         self.random.seed(seed)  # that reset does not count
 
