@@ -33,6 +33,7 @@ D4  Evaluation has a seed and random numbers of its own, and reports every numbe
     of context, z inferred anew after each. Theirs reports the last of three.
 D5  dm_control's bodies are not Gym's: returns cannot be compared with the paper's.
 D6  The designs from pixels were published as slides without code: what they leave open is ours.
+D7  Hidden layers start as PyTorch's do, theirs as rlkit's, whose bound goes by the fan out.
 """
 
 import contextlib
@@ -84,7 +85,7 @@ class Args:
     env_id: str = "cheetah-vel"  # <domain>-<task> of the dm_control suite (here, a family of tasks)
     seed: int = 1  # of environment, networks and sampling; evaluation has its own
     total_frames: int = 520_000  # length of the run [frames]
-    action_repeat: int = 0  # frames per step; 0: the published value for the task
+    action_repeat: int = 1  # frames per step; 0: the published value for the task
     image_size: int = 64  # side of the square image [pixels]
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there, else mps, else cpu
@@ -106,7 +107,7 @@ class Args:
     train_tasks: int = 20  # tasks to train on, where there are infinitely many (paper 100)
     test_tasks: int = 10  # tasks to test on, where there are infinitely many (paper 30)
     task_seed: int = 1337  # of the tasks' parameters
-    horizon: int = 0  # steps per trajectory (0: the family's)
+    trajectory_steps: int = 0  # steps per trajectory (0: the family's)
     initial_steps: int = 1000  # per training task, by the untrained policy (code 2000)
     tasks_per_iteration: int = 5  # training tasks visited per iteration (code 5)
     prior_steps: int = 400  # of a visit, z from the prior, for both buffers (code 400)
@@ -128,7 +129,7 @@ class Args:
     frame_stack: int = 3  # images per observation
     filters: int = 32  # channels of every conv layer
     conv_strides: tuple[int, ...] = (2, 2, 2, 2)  # one 3x3 conv layer each
-    feature_dim: int = 50  # size of x, if it is not the state
+    feature_dim: int = 50  # size of what the encoder makes of an image
     cnn_lr: float = 3e-4  # Adam step of CNN and decoder
     cnn_pretrain_updates: int = 1000  # regressions on the initial trajectories, if x is the state
     rl_weight: float = 0.1  # of J(Q)'s gradient in the CNN with --obs-mode cnn-rl
@@ -138,8 +139,8 @@ class Args:
 
 
 MAY_BE_ZERO = {"action_repeat", "cnn_pretrain_updates", "decoder_weight_decay", "extra_steps",
-               "gamma", "horizon", "kl_lambda", "latent_weight", "posterior_steps", "prior_steps",
-               "rl_weight", "seed", "task_seed"}  # fmt: skip
+               "gamma", "kl_lambda", "latent_weight", "posterior_steps", "prior_steps",
+               "rl_weight", "seed", "task_seed", "trajectory_steps"}  # fmt: skip
 AT_MOST_ONE = {"encoder_tau", "gamma", "tau"}
 FREE_ON_RESUME = {"checkpoint_every_frames", "device", "eval_episodes", "eval_every_frames",
                   "resume", "runs_dir", "smoke", "total_frames", "track", "video"}  # fmt: skip
@@ -207,12 +208,15 @@ def check_args(args):
 
 
 def check_run(args, _):
-    """Refuses a run that ends before it learns, and an unknown family."""
+    """Refuses an unknown family, and longer trajectories than it has."""
     if args.env_id not in HORIZON:
         near = difflib.get_close_matches(args.env_id, HORIZON, 3, 0.4) or HORIZON
         refuse("env_id", f"there is no family {args.env_id!r}, but {', '.join(near)}")
-    if args.horizon > HORIZON[args.env_id]:
-        refuse("horizon", f"{args.horizon} is above the family's {HORIZON[args.env_id]}")
+    most = HORIZON[args.env_id]
+    if args.trajectory_steps > most:
+        refuse("trajectory_steps", f"{args.trajectory_steps} is above the family's {most}")
+    if args.oracle and args.env_id == "reacher-goal" and args.latent_dim < 2:
+        refuse("latent_dim", "the family's parameter has 2 numbers")
 
 
 @contextlib.contextmanager
@@ -238,9 +242,8 @@ def conv_sizes(size, strides):
 
 def check_algorithm(args):
     """The part of check_args that is this script's own."""
-    if args.action_repeat != 1 and args.action_repeat != 2:  # 2 is check_args's for 0
+    if args.action_repeat != 1:
         refuse("action_repeat", "families set the length of a step; leave it out")
-    args.action_repeat = 1
     if not args.conv_strides:
         refuse("conv_strides", "there must be one conv layer at least")
     if min(conv_sizes(args.image_size, args.conv_strides)) < 1:
@@ -667,13 +670,14 @@ def free_memory(device):
 
 
 def mlp(in_dim, hidden_dim, layers, out_dim, last=3e-3):
-    """Hidden ReLU layers and a linear one, which starts near zero."""
-    dims, net = [in_dim] + layers * [hidden_dim] + [out_dim], []
-    for i in range(layers + 1):
+    """Hidden ReLU layers and a linear one, which starts near zero."""  # D7
+    dims, net = [in_dim] + layers * [hidden_dim], []
+    for i in range(layers):
         net += [nn.Linear(dims[i], dims[i + 1]), nn.ReLU()]
-    for p in net[-2].parameters():
+    net.append(nn.Linear(dims[-1], out_dim))
+    for p in net[-1].parameters():
         nn.init.uniform_(p, -last, last)
-    return nn.Sequential(*net[:-1])
+    return nn.Sequential(*net)
 
 
 def preprocess(obs):
@@ -764,7 +768,7 @@ class Agent(nn.Module):
     def __init__(self, args, spec):
         super().__init__()
         self.args, self.updates, self.action_dim = args, 0, spec.action_dim
-        self.horizon = args.horizon or HORIZON[args.env_id]
+        self.horizon = args.trajectory_steps or HORIZON[args.env_id]
         self.free = args.obs_mode in ("ae", "critic")  # x means what training makes of it
         A, L = spec.action_dim, args.latent_dim
         x_dim = args.feature_dim if self.free else spec.state_dim
@@ -1061,7 +1065,7 @@ def evaluate(agent, env, thetas, true_state, film=None):
                 context.append((x, action, reward, next_x))
             if not args.oracle:
                 with torch.no_grad():
-                    mu, var = agent.infer(*map(torch.stack, zip(*context, strict=True)))
+                    mu, var = agent.infer(*(torch.stack(c, 1) for c in zip(*context, strict=True)))
         means[i, j] = mu[0].cpu()
     set_rng_state(before)  # D4
     return returns, means
@@ -1078,8 +1082,9 @@ def report(returns):
     """{name: number} of returns (tasks, episodes, k + 1); the gain is that of two trajectories."""
     k = min(2, returns.shape[2] - 1)
     gains = returns[..., k] - returns[..., 0]
-    out = {f"eval/return_{i}": value for i, value in enumerate(returns.mean((0, 1)))}
-    return out | {"eval/gain": gains.mean(), "eval/gain_error": gains.std() / gains.size**0.5}
+    out = {f"eval/return_{i}": value for i, value in enumerate(returns.mean((0, 1)).tolist())}
+    error = gains.std() / gains.size**0.5
+    return out | {"eval/gain": gains.mean().item(), "eval/gain_error": error.item()}
 
 
 # ---- Logger and checkpoints (shared: the same text in every script) -----------------------------
@@ -1246,17 +1251,21 @@ def make_env(args, seed, pixels=True, video_size=0):
 def trajectories(args):
     """Of the initial collection from a task; then of a visit: from the prior, from the posterior,
     and extra."""
-    horizon = args.horizon or HORIZON[args.env_id]
+    horizon = args.trajectory_steps or HORIZON[args.env_id]
     return [math.ceil(steps / horizon) for steps in (
         args.initial_steps, args.prior_steps, args.posterior_steps, args.extra_steps)]
 
 
 def replay_rows(args):
     """Rows of the replay buffer: all of the run's, one per step and one per trajectory."""
-    horizon, (initial, *visit) = args.horizon or HORIZON[args.env_id], trajectories(args)
+    horizon, (initial, *visit) = args.trajectory_steps or HORIZON[args.env_id], trajectories(args)
     first, each = initial * len(split(args)[0]), args.tasks_per_iteration * sum(visit)
-    iterations = max(0, math.ceil((args.total_frames / horizon - first) / each))
-    return (horizon + 1) * (first + iterations * each)
+    if args.total_frames <= first * horizon:
+        refuse("total_frames", f"there are {first * horizon} initial steps alone; raise it")
+    rows = (horizon + 1) * (first + math.ceil((args.total_frames / horizon - first) / each) * each)
+    if rows > args.replay_capacity:
+        refuse("replay_capacity", f"all of a run's rows are kept; at least {rows}")
+    return rows
 
 
 class Interrupt:
@@ -1366,7 +1375,8 @@ def train(args, run_dir, interrupt, payload=None):
         counters = {"frames": now["step"], "updates": agent.updates}
         logger.log(counters | row | metrics | {"time/wall_s": now["wall_s"]})
         logger.bar.update(now["step"] - before)
-        if now["step"] - now["saved"] >= args.checkpoint_every_frames:
+        unsaved = now["step"] - now["saved"]
+        if unsaved >= args.checkpoint_every_frames or now["step"] >= args.total_frames:
             now["saved"] = now["step"]
             with survive("checkpoint"):
                 save_checkpoint(run_dir, args, agent, buffer, env, rng, now)

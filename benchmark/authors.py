@@ -6,6 +6,7 @@
     github.com/toshikwa/slac.pytorch         beside slac.py; not the authors' (theirs is TensorFlow
                                              1.15 and cannot be installed any more)
     github.com/jsikyoon/dreamer-torch        beside dreamerv2.py; not the authors' (TensorFlow too)
+    github.com/katerakelly/oyster            beside pearl_pixels.py --obs-mode state
 """
 
 import importlib
@@ -24,6 +25,7 @@ PEERS = {  # file in the checkout: (our script, their class, side of the images 
     "sac_ae.py": ("sac_ae", "SacAeAgent", 84),
     "slac/algo.py": ("slac", "SlacAlgorithm", 64),
     "dreamer.py": ("dreamerv2", None, 64),
+    "rlkit/torch/sac/sac.py": ("pearl_pixels", "PEARLSoftActorCritic", 0),
 }
 ARGUMENTS = {  # of their train.py
     "hidden_dim": 1024, "discount": 0.99, "init_temperature": 0.1, "alpha_lr": 1e-4,
@@ -82,6 +84,12 @@ def load(folder):
     sys.path.insert(0, str(folder))
     if name == "slac/algo.py":
         return importlib.import_module("slac.algo"), importlib.import_module("slac.buffer")
+    if name == "rlkit/torch/sac/sac.py":
+        for stub in ("gtimer", "joblib", "dateutil", "dateutil.tz", "gym", "gym.spaces"):
+            sys.modules[stub] = types.ModuleType(stub)
+        sys.modules["gym.spaces"].__dict__.update(Box=None, Discrete=None, Tuple=None)
+        return (importlib.import_module("rlkit.torch.sac.sac"),
+                importlib.import_module("rlkit.torch.sac.policies"))
     if name == "dreamer.py":
         for stub in ("PIL", "PIL.Image"):  # for pictures
             if not importlib.util.find_spec("PIL"):
@@ -126,6 +134,39 @@ def dreamer_batch(seed):
     action = np.float32(rng.uniform(-1, 1, (16, 50, ACTION_DIM)))
     action[:, 0] = 0
     return {"image": images, "action": action, "reward": np.float32(rng.uniform(0, 2, (16, 50)))}
+
+
+def make_pearl(module, policies, tasks, batch_size, size=300, context=200, latent=5, state=17):
+    """Oyster's algorithm without its loop: networks, optimizers and what _take_step reads."""
+    networks = importlib.import_module("rlkit.torch.networks")
+    agents = importlib.import_module("rlkit.torch.sac.agent")
+    mlp = {"hidden_sizes": [size] * 3}
+    q1, q2 = (networks.FlattenMlp(input_size=state + ACTION_DIM + latent, output_size=1, **mlp)
+              for _ in range(2))
+    v = networks.FlattenMlp(input_size=state + latent, output_size=1, **mlp)
+    encoder = networks.MlpEncoder(hidden_sizes=[context] * 3, output_size=2 * latent,
+                                  input_size=state + ACTION_DIM + 1)
+    policy = policies.TanhGaussianPolicy(obs_dim=state + latent, latent_dim=latent,
+                                         action_dim=ACTION_DIM, **mlp)
+    agent = agents.PEARLAgent(latent, encoder, policy, recurrent=False, sparse_rewards=False,
+                              use_information_bottleneck=True, use_next_obs_in_context=False)
+    algorithm = module.PEARLSoftActorCritic.__new__(module.PEARLSoftActorCritic)
+    mse = torch.nn.MSELoss()
+    vars(algorithm).update(
+        agent=agent, qf1=q1, qf2=q2, vf=v, target_vf=v.copy(), vf_criterion=mse, kl_lambda=0.1,
+        use_information_bottleneck=True, reward_scale=5.0, discount=0.99, batch_size=batch_size,
+        soft_target_tau=0.005, policy_mean_reg_weight=1e-3, policy_std_reg_weight=1e-3,
+        policy_pre_activation_weight=0.0, eval_statistics={}, tasks=range(tasks))
+    for name, net in {"policy": policy, "qf1": q1, "qf2": q2, "vf": v, "context": encoder}.items():
+        setattr(algorithm, f"{name}_optimizer", torch.optim.Adam(net.parameters(), 3e-4))
+    return algorithm
+
+
+def pearl_batch(seed, tasks, batch_size, context_size, state=17):
+    """(transitions, context), each [state, action, reward, next state, terminal] of (T, N, ...)."""
+    g = torch.Generator().manual_seed(seed)
+    return [[*(torch.randn(tasks, n, size, generator=g) for size in (state, ACTION_DIM, 1, state)),
+             torch.zeros(tasks, n, 1)] for n in (batch_size, context_size)]
 
 
 def fill_slac(agent, buffers):

@@ -11,6 +11,7 @@ the same losses and the same parameters after every update.
         --obs-crop random
     python benchmark/equal.py slac.pytorch    # see slac_differences() for what is levelled first
     python benchmark/equal.py dreamer-torch   # the model's updates, imagined states, returns
+    python benchmark/equal.py oyster          # PEARL from states
 
 In double precision, as single precision lets Adam's first steps, which divide a gradient by its own
 size, turn rounding errors of gradients near zero into steps. Exit status 1 above 1e-9 (slac: 1e-5,
@@ -294,6 +295,81 @@ def dreamer(script, folder, args):
     return differences
 
 
+def pearl(script, folder, args):
+    """Prints and gives the differences of pearl_pixels.py --obs-mode state and oyster over three
+    updates of 4 tasks with 64 transitions and a context of 100 each."""
+    module, policies = authors.load(folder)
+    torch.set_default_dtype(torch.float64)
+    tasks, B, N, A = 4, 64, 100, authors.ACTION_DIM
+    args.obs_mode, args.frame_stack, args.meta_batch, args.batch_size = "state", 1, tasks, B
+    peer = authors.make_pearl(module, policies, tasks, B)
+    ours = script.Agent(args, script.EnvSpec((17,), torch.float64, A, 17)).double()
+    nets = {"q1": (ours.q1, peer.qf1), "q2": (ours.q2, peer.qf2), "V": (ours.v, peer.vf),
+            "target V": (ours.target_v, peer.target_vf),
+            "context encoder": (ours.context_encoder, peer.agent.context_encoder)}
+
+    def layers(name):
+        a, b = nets[name]
+        return zip([a[i] for i in (0, 2, 4, 6)], [b.fc0, b.fc1, b.fc2, b.last_fc], strict=True)
+
+    policy = peer.agent.policy
+    hidden = list(zip([ours.actor[i] for i in (0, 2, 4)], [policy.fc0, policy.fc1, policy.fc2],
+                      strict=True))
+    both = policy.last_fc, policy.last_fc_log_std  # ours has them in one layer
+    for a, b in [pair for name in nets for pair in layers(name)] + hidden:
+        a.load_state_dict(b.state_dict())
+    for part in ("weight", "bias"):
+        getattr(ours.actor[6], part).data.copy_(torch.cat([getattr(b, part) for b in both]))
+    differences, queue = [], []
+    torch.randn_like = lambda x: queue.pop(0).reshape(x.shape)
+    losses = {}
+    for update in range(3):
+        transitions, context = authors.pearl_batch(update, tasks, B, N)
+        g = torch.Generator().manual_seed(100 + update)
+        z_noise = torch.randn(tasks, 5, generator=g)
+        a_noise = torch.randn(tasks * B, A, generator=g)
+        agent = peer.agent
+
+        def sample_z(agent=agent, z_noise=z_noise):
+            agent.z = agent.z_means + agent.z_vars.sqrt() * z_noise
+
+        def rsample(self, return_pretanh_value=False, a_noise=a_noise):
+            u = self.normal_mean + self.normal_std * a_noise
+            return torch.tanh(u), u
+
+        agent.sample_z, policies.TanhNormal.rsample = sample_z, rsample
+        peer.sample_sac = lambda _, t=transitions: t
+        kl = agent.compute_kl_div
+        agent.compute_kl_div = lambda kl=kl: losses.setdefault("loss/kl", kl())
+        peer.vf_criterion = lambda a, b: losses.setdefault("loss/v", (a - b).square().mean())
+        losses.clear()
+        peer._take_step(range(tasks), torch.cat(context[:3], 2))
+        agent.compute_kl_div = kl
+        queue += [z_noise, a_noise]
+
+        def columns(batch):
+            s, a, r, s2, end = batch
+            return {"obs": s, "state": s, "action": a, "reward": r, "next_obs": s2,
+                    "next_state": s2, "discount": 1 - end}
+
+        metrics = ours.update({"transitions": columns(transitions), "context": columns(context)})
+        assert not queue
+        print(f"update {update + 1}")
+        for key, theirs in losses.items():
+            one, two = metrics[key].item(), theirs.item()
+            differences.append(abs(one - two))
+            print(f"    {key:22}{one:20.12f} {two:20.12f}   difference {differences[-1]:.1e}")
+        for name in nets:
+            differences.append(max((p - q).abs().max().item() for a, b in layers(name)
+                                   for p, q in zip(a.parameters(), b.parameters(), strict=True)))
+            print(f"    parameters of {name:16} largest difference {differences[-1]:.1e}")
+        last = torch.cat([b.weight for b in both]) - ours.actor[6].weight
+        differences.append(max(last.abs().max().item(), *(
+            (a.weight - b.weight).abs().max().item() for a, b in hidden)))
+        print(f"    parameters of actor            largest difference {differences[-1]:.1e}")
+    return differences
+
+
 def noise(draw, counter):
     """Stands in for torch.randn_like and rand_like: the nth call gives the nth noise."""
     def like(x, dtype=None):
@@ -316,9 +392,12 @@ def main():
     name = authors.PEERS[authors.which(folder)][0]
     script = importlib.import_module(name)
     burst = "0" if name == "slac" else "9"  # in SAC+AE's and SAC+GAARA's first burst all is due
-    args = tyro.cli(script.Args, args=["--device", "cpu", *flags, "--pretrain-updates", burst])
+    burst = [] if name == "pearl_pixels" else ["--pretrain-updates", burst]
+    args = tyro.cli(script.Args, args=["--device", "cpu", *flags, *burst])
     if name == "slac":
         finish(slac(script, folder, args), 1e-5)
+    if name == "pearl_pixels":
+        finish(pearl(script, folder, args), 1e-9)
     if name == "dreamerv2":
         finish(dreamer(script, folder, args), 1e-9)
     module, utils = authors.load(folder)

@@ -11,35 +11,38 @@ import zipfile
 
 import pytest
 import torch
-from conftest import SCRIPTS, TINY, command, run, summary
+from conftest import SCRIPTS, SUITE, TINY, command, run, summary
 
 pytestmark = pytest.mark.parametrize("name", SCRIPTS)
 
-BAD = [
-    ("--env-id cheeta-run", "--env-id", "cheetah-run"),  # unknown domain: the nearest tasks
-    ("--env-id cheetah-walk", "--env-id", "cheetah-run"),  # unknown task
-    ("--env-id cheetahrun", "--env-id", "cheetah-run"),
-    ("--env-id dm_control-cheetah-run", "--env-id", "cheetah-run"),
-    ("--env-id -", "--env-id", "cartpole-balance"),
+BAD = [  # of every script
+    ("--env-id cheeta-run", "--env-id", "cheetah-"),  # unknown: the nearest are named
+    ("--env-id cheetahrun", "--env-id", "cheetah-"),
+    ("--env-id dm_control-cheetah-run", "--env-id", "cheetah-"),
+    ("--env-id -", "--env-id", "cartpole-"),
     ("--seed -1", "--seed", "above zero"),
     ("--seed 2147483648", "--seed", "below"),
     ("--total-frames 0", "--total-frames", "above zero"),
-    ("--total-frames 900", "--total-frames", "--warmup-steps"),
     ("--action-repeat -2", "--action-repeat", "above zero"),
     ("--eval-every-frames 0", "--eval-every-frames", "above zero"),
-    ("--updates-per-step nan", "--updates-per-step", "finite"),
-    ("--updates-per-step inf", "--updates-per-step", "finite"),
+    ("--gamma nan", "--gamma", "finite"),
     ("--replay-capacity 3", "--replay-capacity", "1000"),
     ("--image-size -84", "--image-size", "above zero"),
     ("--eval-episodes 0", "--eval-episodes", "above zero"),
     ("--device cuda:77", "--device", "try auto"),
     ("--device quantum", "--device", "try auto"),
-    ("--total-frames 9999999999 --replay-capacity 999999999", "--replay-capacity", "at most"),
     ("--resume /nowhere", "--resume", "/nowhere"),
     ("--evaluate /nowhere", "--evaluate", "/nowhere"),
     ("--track", "--track", "pip install wandb"),
     ("--device meta", "--device", "try auto"),
     ("--runs-dir /dev/null/runs", "--runs-dir", "cannot be made"),
+]
+BAD_SUITE = [  # of those that run one task
+    ("--env-id cheetah-walk", "--env-id", "cheetah-run"),
+    ("--total-frames 900", "--total-frames", "--warmup-steps"),
+    ("--updates-per-step nan", "--updates-per-step", "finite"),
+    ("--updates-per-step inf", "--updates-per-step", "finite"),
+    ("--total-frames 9999999999 --replay-capacity 999999999", "--replay-capacity", "at most"),
 ]
 FAMILY = [  # of SAC+AE and its descendant
     ("--alpha-beta1 1", "--alpha-beta1", "below 1"),
@@ -99,7 +102,19 @@ OWN = {
         ("--mask-ratio 1.1", "--mask-ratio", "above 1"),
         ("--reset-alpha 2", "--reset-alpha", "above 1"),
         ("--kl-balance 1.2", "--kl-balance", "above 1"),
-        ("--reset policy", "--reset", "actor-critic"),
+    ],
+    "pearl_pixels": [
+        ("--env-id cheetah-run", "--env-id", "cheetah-vel"),
+        ("--action-repeat 4", "--action-repeat", "leave it out"),
+        ("--conv-strides", "--conv-strides", "one conv layer"),
+        ("--image-size 12", "--image-size", "from 31 on"),
+        ("--trajectory-steps 201", "--trajectory-steps", "the family's 200"),
+        ("--prior-steps 0", "--prior-steps", "more than 0"),
+        ("--total-frames 20000", "--total-frames", "20000 initial"),
+        ("--tau 1.5", "--tau", "above 1"),
+        ("--replay-capacity 1000", "--replay-capacity", "at least"),
+        ("--total-frames 9999999999 --replay-capacity 99999999999", "--replay-capacity", "at most"),
+        ("--oracle --latent-dim 1 --env-id reacher-goal", "--latent-dim", "2 numbers"),
     ],
 }
 
@@ -113,7 +128,7 @@ def assert_refused(process, flag, remedy):
 
 def test_refused(name, tmp_path):
     """One after the other, so that each case need not be skipped for the other scripts."""
-    for flags, flag, remedy in BAD + OWN[name]:
+    for flags, flag, remedy in BAD + BAD_SUITE * (name in SUITE) + OWN[name]:
         began = time.monotonic()
         where = "" if "--runs-dir" in flags else f" --runs-dir {tmp_path}/runs"
         assert_refused(run(name, flags + where), flag, remedy)

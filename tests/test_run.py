@@ -13,7 +13,7 @@ from pathlib import Path
 import imageio.v3 as imageio
 import pytest
 import torch
-from conftest import SCRIPTS, TINY, command, run, summary, tiny_args
+from conftest import SUITE, TINY, command, run, summary, tiny_args
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
@@ -62,7 +62,7 @@ def assert_same(one, two, path="checkpoint"):
         assert one == two or one != one and two != two, path
 
 
-@pytest.fixture(scope="module", params=SCRIPTS)
+@pytest.fixture(scope="module", params=SUITE)
 def whole(request, tmp_path_factory):
     """A script's run from the command line that nobody disturbed: (script's name, summary)."""
     runs = tmp_path_factory.mktemp("whole")

@@ -28,7 +28,7 @@ VARIES = {  # name: (scripts with a text of their own, or two that share one; al
     "weight_init": (("slac.py", "dreamerv2.py"), "SAC+AE: (delta-)orthogonal; SLAC: Xavier; "
                     "DreamerV2: that, and its LayerNorm, which can be reset"),
     "mlp": (("dreamerv2.py", "pearl_pixels.py"), "SAC's have two ReLU layers, DreamerV2's four ELU "
-            "layers, PEARL's three ReLU layers that start as rlkit's"),
+            "layers, PEARL's three ReLU layers and a last one near zero"),
     "minimize": (("dreamerv2.py",), "DreamerV2 clips gradients"),
     "tanh_gaussian": (("slac.py",), "SAC+AE's authors have 1e-6 under the logarithm; SLAC: exact"),
     "Encoder": (EACH, "SAC+AE: a head per reader; SAC+GAARA: its tanh is a switch; SLAC: one f"),
