@@ -9,6 +9,8 @@ authors.py; FLAGS are of our script, as those of CURL:
 
     python benchmark/speed.py --peer curl -- --reconstruction none --obs-crop random \
         --no-latent-tanh --contrast-floor 1
+
+and oyster beside PEARL from states: -- --obs-mode state --batch-size 256.
 """
 
 import argparse
@@ -58,11 +60,40 @@ def filled(module, args):
     return module.Agent(args, spec), buffer, rng
 
 
+def filled_tasks(module, args):
+    """The same for PEARL: five trajectories of each training task."""
+    import numpy as np
+    import torch
+
+    states = args.obs_mode == "state"
+    module.check_algorithm(args)
+    shape = (17,) if states else (3, args.image_size, args.image_size)
+    spec = module.EnvSpec(shape, torch.float32 if states else torch.uint8, 6, 17)
+    agent, rng, (thetas, _) = module.Agent(args, spec), np.random.default_rng(0), module.split(args)
+    rows = 5 * len(thetas) * (agent.horizon + 1)
+    buffer = module.TaskBuffer(rows, spec, args.device, agent.horizon)
+    starts = [[] for _ in thetas]
+    buffer.watch(thetas, starts, starts, args.latent_dim)
+    for row in range(rows):
+        t, state = row % (agent.horizon + 1), np.float32(rng.standard_normal(17))
+        if t == 0:
+            starts[row // (5 * (agent.horizon + 1))].append(row)
+        obs = state if states else rng.integers(0, 256, shape, dtype=np.uint8)
+        action = np.float32(rng.uniform(-1, 1, 6))
+        buffer.add(module.Step(obs, state, action, rng.random(), 1.0, t == 0, False))
+    return agent, buffer, rng
+
+
 def own(name, device, env_id, flags):
     """Functions to time of one of the scripts. Of two updates one has an actor step."""
     import tyro
 
     module = importlib.import_module(name)
+    if name == "pearl_pixels":
+        agent, buffer, rng = filled_tasks(
+            module, tyro.cli(module.Args, args=["--device", device, *flags]))
+        return {"sample": lambda: agent.sample(buffer, rng), "two updates": lambda: (
+            agent.update(agent.sample(buffer, rng)), agent.update(agent.sample(buffer, rng)))}
     always = ["--device", device, "--pretrain-updates", "0"]
     agent, buffer, rng = filled(module, tyro.cli(module.Args, args=always + flags))
 
@@ -193,9 +224,10 @@ def main():
             for key, ms in times[subject].items():
                 print(f"    {key:16}{ms:10.2f}")
         ours = times[name]
-        print(f"    updates/s {2000 / ours['two updates']:.2f}; against physics.render: exact "
-              f"{ours['physics.render'] / ours['render exact']:.2f}x, fast "
-              f"{ours['physics.render'] / ours['render fast']:.1f}x")
+        print(f"    updates/s {2000 / ours['two updates']:.2f}")
+        if "physics" in ours:
+            exact, fast = (ours["physics.render"] / ours[f"render {k}"] for k in ("exact", "fast"))
+            print(f"    against physics.render: exact {exact:.2f}x, fast {fast:.1f}x")
         if args.peer:
             ratio = times[args.peer]["two updates"] / ours["two updates"]
             print(f"    updates as fast as the authors': {ratio:.2f}x")
