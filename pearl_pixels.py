@@ -13,7 +13,7 @@ From pixels: the three designs of Marshall & Khasar, and two that need no state 
 
     context {(x, a, r)} --> MLP --> one Gaussian each --> their product q(z | c) --> z
                             J(Q) and the KL to N(0, I) train it
-    x, a, z --> Q1, Q2       x, z -x-> V, actor       x: no gradient into z
+    x, a, z --> Q1, Q2       x, z -/-> V, actor       -/->: no gradient into z, nor into the CNN
     images --> CNN --> x     trained by the state's regression, by J(Q), or by a reconstruction too
 
     python pearl_pixels.py --smoke                  # a visible result in minutes on a laptop
@@ -33,7 +33,9 @@ D4  Evaluation has a seed and random numbers of its own, and reports every numbe
     of context, z inferred anew after each. Theirs reports the last of three.
 D5  dm_control's bodies are not Gym's: returns cannot be compared with the paper's.
 D6  The designs from pixels were published as slides without code: what they leave open is ours.
-D7  Hidden layers start as PyTorch's do, theirs as rlkit's, whose bound goes by the fan out.
+D7  V and actor learn from the x of before the CNN's step; no gradient reaches it from the context.
+    random_return is the untrained policy's, as the initial trajectories are.
+D8  Hidden layers start as PyTorch's do, theirs as rlkit's, whose bound goes by the fan out.
 """
 
 import contextlib
@@ -118,7 +120,7 @@ class Args:
     context_size: int = 100  # transitions of context per task and update (code 100)
     context_trajectories: int = 4  # the most of an evaluation
     latent_dim: int = 5  # size of z (code 5)
-    next_obs_in_context: bool = False  # for families that differ in their dynamics
+    next_obs_in_context: bool = False  # always, where the dynamics differ (pendulum-gear, ...)
     hidden_dim: int = 300  # width of the hidden layers (code 300)
     context_dim: int = 200  # width of the context encoder (code 200)
     gamma: float = 0.99  # discount per step (paper 0.99)
@@ -143,12 +145,15 @@ MAY_BE_ZERO = {"action_repeat", "cnn_pretrain_updates", "decoder_weight_decay", 
                "rl_weight", "seed", "task_seed", "trajectory_steps"}  # fmt: skip
 AT_MOST_ONE = {"encoder_tau", "gamma", "tau"}
 FREE_ON_RESUME = {"checkpoint_every_frames", "device", "eval_episodes", "eval_every_frames",
-                  "resume", "runs_dir", "smoke", "total_frames", "track", "video"}  # fmt: skip
+                  "replay_capacity", "resume", "runs_dir", "smoke", "total_frames", "track",
+                  "video"}  # fmt: skip
 HORIZON = {  # families of tasks, and the steps of their trajectories
     "cheetah-vel": 200, "cheetah-dir": 200, "walker-vel": 200, "cartpole-goal": 200,
     "reacher-goal": 100, "point-goal": 20, "pendulum-goal2": 25, "pendulum-goal": 25,
     "pendulum-gear": 200, "pendulum-gravity": 200, "pendulum-mass": 200,
 }  # fmt: skip
+
+DYNAMICS = {"pendulum-gear", "pendulum-gravity", "pendulum-mass"}  # families that differ in them
 
 
 def refuse(name, why):
@@ -213,8 +218,10 @@ def check_run(args, _):
         near = difflib.get_close_matches(args.env_id, HORIZON, 3, 0.4) or HORIZON
         refuse("env_id", f"there is no family {args.env_id!r}, but {', '.join(near)}")
     most = HORIZON[args.env_id]
+    args.trajectory_steps = args.trajectory_steps or most
     if args.trajectory_steps > most:
         refuse("trajectory_steps", f"{args.trajectory_steps} is above the family's {most}")
+    args.next_obs_in_context |= args.env_id in DYNAMICS
     if args.oracle and args.env_id == "reacher-goal" and args.latent_dim < 2:
         refuse("latent_dim", "the family's parameter has 2 numbers")
 
@@ -278,9 +285,9 @@ class MetaTask:
     """A task of the suite with a parameter theta that decides the reward or the dynamics. Nothing
     shows theta: targets are invisible, and what points at them is left out of observations."""
 
-    def __init__(self, task, family):
-        self.task, self.family = task, family
-        self.theta = draw_thetas(family, np.random.RandomState(0), 1)[0]
+    def __init__(self, task, env_id):
+        self.task, self.family = task, FAMILIES[env_id]
+        self.theta = split(Args(env_id=env_id))[0][0]
 
     def __getattr__(self, name):
         return getattr(self.task, name)  # everything else is the suite's
@@ -350,12 +357,13 @@ def put_point_and_target(physics, theta):
 
 
 def set_mass(physics, theta):
-    physics.named.model.body_mass["pole"] = theta
+    angle, physics.named.model.body_mass["pole"] = physics.data.qpos.copy(), theta
     mujoco.mj_setConst(physics.model.ptr, physics.data.ptr)
+    physics.data.qpos[:] = angle  # which that had reset
 
 
 def tame_pendulum(physics, theta):
-    """A constant torque holds it at any angle."""
+    """A constant torque turns it to an angle and holds it there, up to 1.2 rad from hanging."""
     physics.model.actuator_gear[0, 0], physics.model.dof_damping[0] = 4.5, 1.0
 
 
@@ -394,20 +402,13 @@ FAMILIES = {
 }
 
 
-def draw_thetas(family, random, count):
-    """Parameters of `count` tasks, or of all there are."""
-    if isinstance(family.thetas, tuple):
-        return list(family.thetas)
-    return [family.thetas(random) for _ in range(count)]
-
-
 def split(args):
     """Parameters of the tasks to train on and of those to test on, whatever --seed is. Where there
     are but two they are both."""
     family, random = FAMILIES[args.env_id], np.random.RandomState(args.task_seed)
-    thetas = draw_thetas(family, random, args.train_tasks + args.test_tasks)
     if isinstance(family.thetas, tuple):
-        return thetas, thetas
+        return list(family.thetas), list(family.thetas)
+    thetas = [family.thetas(random) for _ in range(args.train_tasks + args.test_tasks)]
     return thetas[: args.train_tasks], thetas[args.train_tasks :]
 
 
@@ -435,7 +436,7 @@ def load_task(env_id, random):
     """The dm_control environment of a family."""
     family = FAMILIES[env_id]
     env = suite.load(*family.base.split("-", 1), {"random": random})
-    return control.Environment(env.physics, MetaTask(env.task, family), control_timestep=family.dt,
+    return control.Environment(env.physics, MetaTask(env.task, env_id), control_timestep=family.dt,
                                time_limit=(HORIZON[env_id] - 0.5) * family.dt)
 
 
@@ -670,7 +671,7 @@ def free_memory(device):
 
 
 def mlp(in_dim, hidden_dim, layers, out_dim, last=3e-3):
-    """Hidden ReLU layers and a linear one, which starts near zero."""  # D7
+    """Hidden ReLU layers and a linear one, which starts near zero."""  # D8
     dims, net = [in_dim] + layers * [hidden_dim], []
     for i in range(layers):
         net += [nn.Linear(dims[i], dims[i + 1]), nn.ReLU()]
@@ -768,8 +769,8 @@ class Agent(nn.Module):
     def __init__(self, args, spec):
         super().__init__()
         self.args, self.updates, self.action_dim = args, 0, spec.action_dim
-        self.horizon = args.trajectory_steps or HORIZON[args.env_id]
         self.free = args.obs_mode in ("ae", "critic")  # x means what training makes of it
+        self.true_state = args.obs_mode == "cnn-test"  # design 1 meets the CNN in evaluations only
         A, L = spec.action_dim, args.latent_dim
         x_dim = args.feature_dim if self.free else spec.state_dim
         net = functools.partial(mlp, hidden_dim=args.hidden_dim, layers=3)
@@ -830,7 +831,7 @@ class Agent(nn.Module):
         """Mean and variance (T, L) of q(z | c), from context (T, N, X), (T, N, A), (T, N, 1)."""
         parts = [x, action, reward] + [next_x] * self.args.next_obs_in_context
         mu, var = self.context_encoder(torch.cat(parts, -1)).chunk(2, -1)
-        return product_of_gaussians(mu, F.softplus(var))  # [PEARL (4)]
+        return product_of_gaussians(mu, F.softplus(var))  # [PEARL product]
 
     def policy(self, x, z):
         """Mean and log standard deviation (M, A) before the tanh."""
@@ -902,17 +903,12 @@ class Agent(nn.Module):
         """Mean and variance (T, L) of q(z | c), from context (T, N, ...) of the replay buffer."""
         if self.args.oracle:
             return context["theta"], torch.zeros_like(context["theta"])
-        shape, xs = context["action"].shape[:2], []
-        true_state = self.args.obs_mode == "cnn-test"
+        shape = context["action"].shape[:2]
         with torch.no_grad():  # the CNN learns from the transitions, not from the context
-            for key in ("", "next_"):
-                obs, state = context[key + "obs"], context[key + "state"]
-                xs.append(self.see(obs.flatten(0, 1), state.flatten(0, 1), true_state))
-                if not self.args.next_obs_in_context:
-                    xs.append(xs[0])
-                    break
-        x, next_x = (x.unflatten(0, shape) for x in xs)
-        return self.infer(x, context["action"], context["reward"], next_x)
+            xs = [self.see(context[key + "obs"].flatten(0, 1), context[key + "state"].flatten(0, 1),
+                           self.true_state).unflatten(0, shape)
+                  for key in ("", "next_")[: 1 + self.args.next_obs_in_context]]
+        return self.infer(xs[0], context["action"], context["reward"], xs[-1])
 
     def sample(self, buffer, rng):
         """The batch that update() takes: transitions (T, B, ...), context (T, N, ...)."""
@@ -926,20 +922,19 @@ class Agent(nn.Module):
     def update(self, batch):
         """One update from a batch of sample(); metrics as 0-d tensors."""
         args, optimizers, metrics = self.args, self.optimizers, {}
-        mu, var = self.posterior(batch["context"])  # [PEARL alg. 1:13]
+        mu, var = self.posterior(batch["context"])  # [PEARL alg. 1:14]
         z = mu + var.sqrt() * torch.randn_like(mu)  # (T, L)  D1
         z = z.repeat_interleave(args.batch_size, 0)  # (M, L)
         obs, next_obs, state, next_state, action, reward, discount = (
             batch["transitions"][key].flatten(0, 1) for key in (
                 "obs", "next_obs", "state", "next_state", "action", "reward", "discount"))
-        true_state = args.obs_mode == "cnn-test"  # design 1 meets the CNN in evaluations only
-        x, movers = self.see(obs, state, true_state), ["critic"]
+        x, movers = self.see(obs, state, self.true_state), ["critic"]
         with torch.no_grad():  # the target is a constant
-            next_x = self.see(next_obs, next_state, true_state, target=self.free)
+            next_x = self.see(next_obs, next_state, self.true_state, target=self.free)
             target = self.target(reward, discount, next_x, z)
         extra, x_for_q = 0.0, x
         if args.obs_mode.startswith("cnn"):
-            estimate = self.cnn(preprocess(obs)) if true_state else x
+            estimate = self.cnn(preprocess(obs)) if self.true_state else x
             extra = metrics["loss/cnn"] = self.cnn_loss(estimate, state)
             weight = args.rl_weight if args.obs_mode == "cnn-rl" else 0.0
             x_for_q = x.detach() + weight * (x - x.detach())  # scales J(Q)'s gradient in the CNN
@@ -985,15 +980,17 @@ class Agent(nn.Module):
 
     def prepare(self, buffer, rng):
         """After the initial trajectories: fixes the standardisation, and fits the CNN to states."""
+        if self.free:
+            return
         state = buffer.columns["state"][: buffer.row]
         self.state_mean.copy_(state.mean(0))
         self.state_std.copy_(state.std(0).clamp(min=1e-3))
-        if self.args.obs_mode.startswith("cnn"):
-            for _ in range(self.args.cnn_pretrain_updates):
-                batch = self.sample(buffer, rng)["transitions"]
-                x = self.cnn(preprocess(batch["obs"].flatten(0, 1)))
-                minimize(self.cnn_loss(x, batch["state"].flatten(0, 1)), self.optimizers["cnn"])
-
+        starts = [start for starts in buffer.rl for start in starts]
+        for _ in range(self.args.cnn_pretrain_updates if self.args.obs_mode != "state" else 0):
+            rows = buffer.pick(starts, rng, self.args.meta_batch * self.args.batch_size)[None]
+            batch = buffer.at(rows, self.args.frame_stack)
+            x = self.cnn(preprocess(batch["obs"][0]))
+            minimize(self.cnn_loss(x, batch["state"][0]), self.optimizers["cnn"])
 
     @torch.no_grad()  # for the eye
     def images(self, buffer, rng):
@@ -1027,16 +1024,16 @@ def set_rng_state(states):
 
 
 def play_trajectory(agent, env, carry, explore, film=None):
-    """One trajectory: its Steps (H + 1 of them), and the x (1, X) of all but the last. Appends
-    images to `film`, if that is a list."""
+    """One trajectory: its Steps and the x (1, X) of each. Appends images to `film`, if that is a
+    list."""
     steps, xs = [env.reset()], []
-    while not steps[-1].last and len(xs) < agent.horizon:
+    for _ in range(agent.args.trajectory_steps):
         if film is not None:
             film.append(env.render(256).copy())
         action, carry = agent.act(steps[-1], carry, explore)
         xs.append(carry["x"])
         steps.append(env.step(action))
-    return steps, xs
+    return steps, [*xs, agent.act(steps[-1], carry, explore=False)[1]["x"]]
 
 
 def evaluate(agent, env, thetas, true_state, film=None):
@@ -1054,12 +1051,12 @@ def evaluate(agent, env, thetas, true_state, film=None):
     for i, j in np.ndindex(returns.shape[:2]):
         env.env.task.theta, context = thetas[i], []
         mu, var = agent.prior(thetas[i])
-        for k in range(returns.shape[2]):  # [PEARL alg. 2:3]
+        for k in range(returns.shape[2]):  # [PEARL alg. 2:2]
             z = mu + var.sqrt() * torch.randn_like(mu)
             carry = {"z": z, "true_state": true_state}
             steps, xs = play_trajectory(agent, env, carry, False, film if i == j == 0 else None)
             returns[i, j, k] = sum(step.reward for step in steps)
-            for x, next_x, step in zip(xs, [*xs[1:], xs[-1]], steps[1:], strict=True):
+            for x, next_x, step in zip(xs[:-1], xs[1:], steps[1:], strict=True):
                 reward = torch.tensor([[step.reward]], device=args.device)
                 action = torch.as_tensor(step.action, device=args.device)[None]
                 context.append((x, action, reward, next_x))
@@ -1078,13 +1075,24 @@ def interval(values):
     return np.stack([values.mean(0), *np.percentile(means, [2.5, 97.5], 0)])
 
 
-def report(returns):
-    """{name: number} of returns (tasks, episodes, k + 1); the gain is that of two trajectories."""
-    k = min(2, returns.shape[2] - 1)
+def score(returns):
+    """The summary's numbers from returns (tasks, episodes, k + 1): return_by_context, each with its
+    interval; eval_return, that after two trajectories; and gain, that less the one after none, with
+    its standard error: over tasks, or over episodes where two tasks are all there are."""
+    by_context = interval(returns.mean(1)).T.tolist()
+    k = min(2, len(by_context) - 1)
     gains = returns[..., k] - returns[..., 0]
+    gains = gains.mean(1) if len(gains) > 2 else gains.ravel()
+    error = gains.std(ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else math.inf
+    return {"return_by_context": by_context, "eval_return": by_context[k][0],
+            "gain": [gains.mean().item(), float(error)]}
+
+
+def report(returns):
+    """{name: number} of returns (tasks, episodes, k + 1), for metrics.csv."""
+    gain, error = score(returns)["gain"]
     out = {f"eval/return_{i}": value for i, value in enumerate(returns.mean((0, 1)).tolist())}
-    error = gains.std() / gains.size**0.5
-    return out | {"eval/gain": gains.mean().item(), "eval/gain_error": error.item()}
+    return out | {"eval/gain": gain, "eval/gain_error": error}
 
 
 # ---- Logger and checkpoints (shared: the same text in every script) -----------------------------
@@ -1251,14 +1259,13 @@ def make_env(args, seed, pixels=True, video_size=0):
 def trajectories(args):
     """Of the initial collection from a task; then of a visit: from the prior, from the posterior,
     and extra."""
-    horizon = args.trajectory_steps or HORIZON[args.env_id]
-    return [math.ceil(steps / horizon) for steps in (
+    return [math.ceil(steps / args.trajectory_steps) for steps in (
         args.initial_steps, args.prior_steps, args.posterior_steps, args.extra_steps)]
 
 
 def replay_rows(args):
     """Rows of the replay buffer: all of the run's, one per step and one per trajectory."""
-    horizon, (initial, *visit) = args.trajectory_steps or HORIZON[args.env_id], trajectories(args)
+    horizon, (initial, *visit) = args.trajectory_steps, trajectories(args)
     first, each = initial * len(split(args)[0]), args.tasks_per_iteration * sum(visit)
     if args.total_frames <= first * horizon:
         refuse("total_frames", f"there are {first * horizon} initial steps alone; raise it")
@@ -1294,8 +1301,7 @@ def collect(agent, env, buffer, task, count, posterior, for_context, rng):
             rows = buffer.pick(buffer.enc[task], rng, agent.args.context_size)[None]
             with torch.no_grad():
                 mu, var = agent.posterior(buffer.at(rows, agent.args.frame_stack))
-        carry = {"z": mu + var.sqrt() * torch.randn_like(mu),
-                 "true_state": agent.args.obs_mode == "cnn-test"}
+        carry = {"z": mu + var.sqrt() * torch.randn_like(mu), "true_state": agent.true_state}
         first = buffer.row
         steps, _ = play_trajectory(agent, env, carry, explore=True)
         for step in steps:
@@ -1314,7 +1320,7 @@ def train(args, run_dir, interrupt, payload=None):
     torch.manual_seed(args.seed)
     env, eval_env = make_env(args, args.seed), make_env(args, 0, video_size=256 * args.video)
     agent = Agent(args, env.spec)
-    buffer = TaskBuffer(replay_rows(args), env.spec, args.device, agent.horizon)
+    buffer = TaskBuffer(replay_rows(args), env.spec, args.device, args.trajectory_steps)
     initial, prior, posterior, extra = trajectories(args)
     if payload:
         now, _ = load_checkpoint(payload, run_dir, agent, buffer, env, rng)
@@ -1330,18 +1336,18 @@ def train(args, run_dir, interrupt, payload=None):
         with survive("checkpoint"):
             save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
     while now["step"] < args.total_frames and not interrupt.signal:
-        returns, row = [], {}
+        returns = []
         if now["iteration"] == 0:
             for task in range(len(train_thetas)):
                 returns += collect(agent, env, buffer, task, initial, False, True, rng)
-            now["random_return"] = float(np.mean(returns))
+            now["random_return"], returns = float(np.mean(returns)), []
             print(f"untrained policy: {now['random_return']:.1f} per trajectory", flush=True)
             agent.prepare(buffer, rng)
         for _ in range(args.tasks_per_iteration):  # [PEARL alg. 1:3]
             task = int(rng.integers(len(train_thetas)))
             now["enc"][task].clear()
-            collect(agent, env, buffer, task, prior, False, True, rng)  # [PEARL alg. 1:6]
-            returns = collect(agent, env, buffer, task, posterior, True, True, rng)
+            returns += collect(agent, env, buffer, task, prior, False, True, rng)
+            returns += collect(agent, env, buffer, task, posterior, True, True, rng)
             returns += collect(agent, env, buffer, task, extra, True, False, rng)
             if interrupt.signal:
                 break
@@ -1351,25 +1357,24 @@ def train(args, run_dir, interrupt, payload=None):
             now["metrics"] |= agent.update(agent.sample(buffer, rng))
         if interrupt.signal:
             break
+        check_finite(now["metrics"], agent.updates)
         before, now["step"] = now["step"], buffer.row - sum(map(len, now["rl"]))
         now["iteration"] += 1
-        row["train/return"] = float(np.mean(returns)) if returns else None
+        row = {"train/return": float(np.mean(returns))}
         every = args.eval_every_frames
         if now["step"] // every > before // every or now["step"] >= args.total_frames:
             film = [] if args.video else None
             by_context, means = evaluate(agent, eval_env, test_thetas, False, film)
             row |= report(by_context)
-            now["return_by_context"] = interval(by_context.mean(1)).T.tolist()
-            now["eval_return"] = now["return_by_context"][min(2, args.context_trajectories)][0]
-            now["gain"] = [row["eval/gain"], row["eval/gain_error"]]
+            now |= score(by_context)
             if args.obs_mode.startswith("cnn"):  # the distribution shift, as a number
                 shift = report(evaluate(agent, eval_env, test_thetas, True)[0])
                 row |= {k.replace("/", "/true_state_"): v for k, v in shift.items()}
             tqdm.write(f"{now['step']:,} frames: return by trajectories of context "
                        + " ".join(f"{mean:.1f}" for mean, *_ in now["return_by_context"]))
-            images = {"z": scatter(means)} | agent.images(buffer, np.random.default_rng(0))
+            images = agent.images(buffer, np.random.default_rng(0))
+            images["z"] = scatter(means, test_thetas)
             logger.show(now["step"], images, film or [], env.fps)
-        check_finite(now["metrics"], agent.updates)
         now["wall_s"] = time.monotonic() - clock
         metrics = {name: float(value) for name, value in now["metrics"].items()}
         counters = {"frames": now["step"], "updates": agent.updates}
@@ -1388,15 +1393,16 @@ def train(args, run_dir, interrupt, payload=None):
     return summary(args, now, agent.updates)
 
 
-def scatter(means, size=200):
-    """Picture (size, size, 3) of the first two numbers of posterior means (tasks, episodes, L), a
-    colour for each task."""
+def scatter(means, thetas, size=200):
+    """Picture (size, size, 3) of the first two numbers of posterior means (tasks, episodes, L),
+    from blue to red in the order of the tasks' parameters."""
     picture = np.full((size, size, 3), 255, np.uint8)
     xy = np.concatenate([means, np.zeros_like(means)], -1)[..., :2]
     low, high = xy.min((0, 1)), xy.max((0, 1))
     places = (4 + (size - 9) * (xy - low) / np.maximum(high - low, 1e-6)).astype(int)
-    for task, dots in enumerate(places):
-        share = task / max(1, len(means) - 1)
+    order = np.argsort(np.argsort([np.ravel(theta)[-1] for theta in thetas]))
+    for dots, rank in zip(places, order, strict=True):
+        share = rank / max(1, len(means) - 1)
         for x, y in dots:
             colour = 255 * share, 60, 255 * (1 - share)
             picture[size - y - 5 : size - y, x - 2 : x + 3] = colour
@@ -1431,9 +1437,7 @@ def play(args):
         folder = path if path.is_dir() else path.parent
         with survive("video"):
             print(f"video: {write_video(folder / 'evaluation', film, env.fps)}")
-    by_context = interval(returns.mean(1)).T.tolist()
-    now = payload["progress"] | {"return_by_context": by_context,
-                                 "eval_return": by_context[min(2, len(by_context) - 1)][0]}
+    now = payload["progress"] | score(returns)
     return summary(args, now, payload["updates"])
 
 

@@ -67,17 +67,18 @@ def filled_tasks(module, args):
 
     states = args.obs_mode == "state"
     module.check_algorithm(args)
+    module.check_run(args, None)
     shape = (17,) if states else (3, args.image_size, args.image_size)
     spec = module.EnvSpec(shape, torch.float32 if states else torch.uint8, 6, 17)
     agent, rng, (thetas, _) = module.Agent(args, spec), np.random.default_rng(0), module.split(args)
-    rows = 5 * len(thetas) * (agent.horizon + 1)
-    buffer = module.TaskBuffer(rows, spec, args.device, agent.horizon)
+    rows = 5 * len(thetas) * (args.trajectory_steps + 1)
+    buffer = module.TaskBuffer(rows, spec, args.device, args.trajectory_steps)
     starts = [[] for _ in thetas]
     buffer.watch(thetas, starts, starts, args.latent_dim)
     for row in range(rows):
-        t, state = row % (agent.horizon + 1), np.float32(rng.standard_normal(17))
+        t, state = row % (args.trajectory_steps + 1), np.float32(rng.standard_normal(17))
         if t == 0:
-            starts[row // (5 * (agent.horizon + 1))].append(row)
+            starts[row // (5 * (args.trajectory_steps + 1))].append(row)
         obs = state if states else rng.integers(0, 256, shape, dtype=np.uint8)
         action = np.float32(rng.uniform(-1, 1, 6))
         buffer.add(module.Step(obs, state, action, rng.random(), 1.0, t == 0, False))

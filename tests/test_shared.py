@@ -23,7 +23,8 @@ VARIES = {  # name: (scripts with a text of their own, or two that share one; al
     "ACTION_REPEAT": (("slac.py", "dreamerv2.py", "pearl_pixels.py"), "the papers' tables"),
     "MAY_BE_ZERO": (EACH, "names fields of Args"),
     "AT_MOST_ONE": (EACH[2:], "names fields of Args"),
-    "FREE_ON_RESUME": (("slac.py",), "names fields of Args; only SLAC has eval_policy"),
+    "FREE_ON_RESUME": (("slac.py", "pearl_pixels.py"), "names fields of Args; SLAC's eval_policy; "
+                       "PEARL overwrites no row, whatever the capacity"),
     "check_algorithm": (EACH, "refuses what only this script's arguments can get wrong"),
     "weight_init": (("slac.py", "dreamerv2.py"), "SAC+AE: (delta-)orthogonal; SLAC: Xavier; "
                     "DreamerV2: that, and its LayerNorm, which can be reset"),
