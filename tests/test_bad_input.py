@@ -99,7 +99,6 @@ OWN = {
         ("--mask-ratio 1.1", "--mask-ratio", "above 1"),
         ("--reset-alpha 2", "--reset-alpha", "above 1"),
         ("--kl-balance 1.2", "--kl-balance", "above 1"),
-        ("--reset policy", "--reset", "actor-critic"),
     ],
 }
 
