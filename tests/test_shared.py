@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["sac_ae.py", "sac_gaara.py", "slac.py", "dreamerv2.py", "pearl_pixels.py"]
-CAPS = {"sac_ae.py": 1154, "sac_gaara.py": 1253, "slac.py": 1262, "dreamerv2.py": 1398}  # lines
+CAPS = {"sac_ae.py": 1154, "sac_gaara.py": 1253, "slac.py": 1262, "dreamerv2.py": 1399}  # lines
 EACH = tuple(SCRIPTS)
 VARIES = {  # name: (scripts with a text of their own, or two that share one; all others share
     # another, the reason)
