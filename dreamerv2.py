@@ -928,7 +928,8 @@ class Agent(nn.Module):
     def sample(self, buffer, rng):
         """The sequences that update() takes; the model starts anew at the first row of each."""
         length = self.args.sequence_length
-        batch = buffer.sequences(rng, self.args.batch_size, length, length)  # D2
+        size = self.args.batch_size
+        batch = buffer.sequences(rng, size, length, length)  # D2  [Bednarz alg. 1:3]
         batch["is_first"][:, 0] = True
         return batch
 

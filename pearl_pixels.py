@@ -8,7 +8,7 @@
 """PEARL from pixels: an agent that infers from a few trajectories which task it has been given.
 
 Rakelly et al. 2019, Efficient Off-Policy Meta-Reinforcement Learning via Probabilistic Context
-Variables, https://arxiv.org/abs/1903.08254; the authors' code: https://github.com/katerakelly/oyster
+Variables, https://arxiv.org/abs/1903.08254; their code: https://github.com/katerakelly/oyster
 From pixels: the three designs of Marshall & Khasar, and two that need no state (--obs-mode).
 
     context {(x, a, r)} --> MLP --> one Gaussian each --> their product q(z | c) --> z

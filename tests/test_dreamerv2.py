@@ -60,6 +60,11 @@ def test_parameter_counts(A, rssm, actor, everything):
     assert count(agent) == everything
     convs = [count(m) for m in agent.encoder.net if isinstance(m, torch.nn.Conv2d)]
     assert convs == [2_352, 73_824, 295_104, 1_180_032]
+    r = agent.rssm
+    assert (count(r.gru_in), count(r.gru, r.gru_norm)) == (205_000 + 200 * A, 241_800)
+    assert (count(r.prior_in), count(r.prior_out)) == (40_200, 205_824)
+    assert (count(r.post_in), count(r.post_out)) == (347_400, 205_824)
+    assert count(agent.decoder.fc) == 1_881_600
     deconvs = [count(m) for m in agent.decoder.net if isinstance(m, torch.nn.ConvTranspose2d)]
     assert deconvs == [7_372_992, 460_896, 165_936, 5_187]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["sac_ae.py", "sac_gaara.py", "slac.py", "dreamerv2.py", "pearl_pixels.py"]
-CAPS = {"sac_ae.py": 1165, "sac_gaara.py": 1264, "slac.py": 1273, "dreamerv2.py": 1409,
-        "pearl_pixels.py": 1476}  # lines
+CAPS = {"sac_ae.py": 1165, "sac_gaara.py": 1264, "slac.py": 1273, "dreamerv2.py": 1410,
+        "pearl_pixels.py": 1490}  # lines
 EACH = tuple(SCRIPTS)
 VARIES = {  # name: (scripts with a text of their own, or two that share one; all others share
     # another, the reason)
@@ -235,7 +235,8 @@ def test_the_readmes_table_is_what_the_files_say():
         meta = ROOT / "benchmark" / "results" / "smoke" / Path(name).stem / "meta.json"
         runs = json.loads(meta.read_text())["runs"]
         returns = ", ".join(f"{run['eval_return']:.0f}" for run in runs)
-        random = ", ".join(f"{run['random_return']:.1f}" for run in runs)
+        without = [run.get("return_by_context", [[run["random_return"]]])[0][0] for run in runs]
+        random = ", ".join(f"{value:.1f}" for value in without)  # PEARL: without context
         assert [run["seed"] for run in runs] == [1, 2, 3]
         cells = f"| {len(lines)} ({evaluate - helpers}) | {runs[0]['env_id']} {returns} ({random})"
         assert re.search(rf"\[`{name}`\].*" + re.escape(cells), readme), cells
