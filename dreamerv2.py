@@ -143,18 +143,15 @@ class Args:
     reset_alpha: float = 0.8  # part of the way to fresh weights that a reset goes
     catch_up_updates: int = 1000  # extra updates after each reset
     shift: int = 0  # augmentation: largest random shift, one per sequence [pixels]
-    target_shift: int = 4  # the same for what the target encoder sees [pixels]
     encoder_tau: float = 0.05  # part of the way that the target encoder goes (CURL 0.05)
     infonce_weight: float = 0.0  # of InfoNCE between encoder and target encoder
-    spr_weight: float = 0.0  # of predicting what the target encoder will say (SPR)
-    spr_steps: int = 5  # how far ahead (SPR 5)
+    spr_weight: float = 0.0  # of predicting the target encoder's next five outputs (SPR)
     mask_ratio: float = 0.0  # of feature map cells hidden in a second reconstruction; 0: none
 
 
 MAY_BE_ZERO = {"action_repeat", "catch_up_updates", "infonce_weight", "entropy_weight",
                "free_nats", "gamma", "kl_balance", "kl_scale", "mask_ratio", "pretrain_updates",
-               "return_lambda", "seed", "shift", "spr_weight", "target_shift",
-               "weight_decay"}  # fmt: skip
+               "return_lambda", "seed", "shift", "spr_weight", "weight_decay"}  # fmt: skip
 AT_MOST_ONE = {"encoder_tau", "gamma", "kl_balance", "mask_ratio", "reset_alpha", "return_lambda"}
 FREE_ON_RESUME = {"checkpoint_every_frames", "device", "eval_episodes", "eval_every_frames",
                   "resume", "runs_dir", "smoke", "total_frames", "track", "video"}  # fmt: skip
@@ -258,8 +255,8 @@ def check_algorithm(args):
                "episode or the --warmup-steps, a quarter of the --replay-capacity")  # fmt: skip
     if args.horizon < 2:
         refuse("horizon", "one imagined step has no return to learn from; at least 2")
-    if args.spr_weight and args.spr_steps >= args.sequence_length:
-        refuse("spr_steps", f"{args.spr_steps} is not below the --sequence-length")
+    if args.spr_weight and args.sequence_length < 6:
+        refuse("spr_weight", "looks five steps ahead; --sequence-length 6 at least")
     if min(args.model_every_updates, args.behavior_every_updates) > 1:
         refuse("model_every_updates", "this or --behavior-every-updates must be 1")
 
@@ -716,38 +713,23 @@ class Agent(nn.Module):
         f_dim = self.rssm.z_dim + args.deter_dim
         self.decoder = Decoder(spec.obs_shape, f_dim, args)
         self.reward = head(f_dim, out_dim=1)
-        world = ["encoder", "rssm", "decoder", "reward"]  # what J(M) trains
-        if args.discount_head:
-            self.discount = head(f_dim, out_dim=1)
-            world += ["discount"]
-        if args.mask_ratio:
-            self.masked_decoder = Decoder(spec.obs_shape, e_dim, args)
-            self.masked_reward = head(e_dim, out_dim=1)
-            world += ["masked_decoder", "masked_reward"]
-        if args.infonce_weight:
-            self.similarity = nn.Linear(128, 128)
-            world += ["similarity"]
-        if args.spr_weight:
-            self.predictor = head(f_dim, out_dim=e_dim)
-            world += ["predictor"]
-        self.has_keys = bool(args.infonce_weight or args.spr_weight)
-        if self.has_keys:
-            self.projection = nn.Linear(e_dim, 128)
-            world += ["projection"]
+        contrast, spr, mask = args.infonce_weight, args.spr_weight, args.mask_ratio
+        self.discount = head(f_dim, out_dim=1) if args.discount_head else None
+        self.masked_decoder = Decoder(spec.obs_shape, e_dim, args) if mask else None
+        self.masked_reward = head(e_dim, out_dim=1) if mask else None
+        self.similarity = nn.Linear(128, 128) if contrast else None
+        self.predictor = head(f_dim, out_dim=e_dim) if spr else None
+        self.projection = nn.Linear(e_dim, 128) if contrast or spr else None
+        self.world = [name for name, _ in self.named_children()]  # what J(M) trains
         self.actor = Actor(f_dim, spec.action_dim, args)
         self.critic = head(f_dim, out_dim=1)
         self.apply(weight_init).to(args.device, memory_format=torch.channels_last)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)  # D6
-        if self.has_keys:
+        if self.projection is not None:
             self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
             self.target_projection = copy.deepcopy(self.projection).requires_grad_(False)
-
-        transition = ["gru_in", "gru", "gru_norm", "prior_in", "prior_out"]
-        self.resettable = {  # what --reset makes fresh
-            "transition": [f"rssm.{name}" for name in transition],
-            "actor-critic": ["actor", "critic"], "all": [*world, "actor", "critic"]}  # fmt: skip
-        self.loss_weights = {"loss/kl": args.kl_scale, "loss/contrastive": args.infonce_weight,
-                             "loss/spr": args.spr_weight}  # fmt: skip
+        self.loss_weights = {"loss/kl": args.kl_scale, "loss/contrastive": contrast,
+                             "loss/spr": spr}  # fmt: skip
 
         def adam(names, lr):  # decoupled decay of `weight_decay` per update, whatever lr is
             parameters = [p for name in names for p in self.get_submodule(name).parameters()]
@@ -757,7 +739,7 @@ class Agent(nn.Module):
 
         # Who trains what: a loss moves the parameters of its own optimizer, nothing else (see
         # minimize), though J(pi) is computed through the model, the reward and the target critic.
-        self.optimizers = {"model": adam(world, args.model_lr),
+        self.optimizers = {"model": adam(self.world, args.model_lr),
                            "actor": adam(["actor"], args.actor_lr),
                            "critic": adam(["critic"], args.critic_lr)}  # fmt: skip
 
@@ -820,16 +802,16 @@ class Agent(nn.Module):
         return F.cross_entropy(logits, t)  # [CURL InfoNCE]
 
     def spr_loss(self, z, h, action, keys):
-        """From every state of z (B, T, Z), h (B, T, D) the model goes spr_steps ahead by the real
+        """From every state of z (B, T, Z), h (B, T, D) the model goes five steps ahead by the real
         actions (B, T, A) and predicts the keys (B, T, 128) of the images there: 2 - 2 cosine."""
         loss = 0.0
-        for k in range(1, self.args.spr_steps + 1):
+        for k in range(1, 6):
             z, h = z[:, :-1], h[:, :-1]  # the last has no image so far ahead
             noise = self.rssm.noise(*z.shape[:2])
             z, h = self.rssm.imagine(z, h, action[:, k:], noise)
             predicted = self.projection(self.predictor(torch.cat([z, h], -1)))
             loss = loss + 2 - 2 * F.cosine_similarity(predicted, keys[:, k:], -1).mean()
-        return loss / self.args.spr_steps  # [SPR loss]
+        return loss / 5  # [SPR loss]
 
     def masked_loss(self, maps, images, reward):
         """Reconstruction of whole images (N, C, H, W), and the reward (N, 1), from an embedding for
@@ -842,21 +824,21 @@ class Agent(nn.Module):
     def model_losses(self, batch, images, maps, e, z, h, post, prior):
         """{name: scalar} of a batch, its images and what the model makes of them. J(M) is the
         weighted sum of those that are called loss/..."""
-        args, features, losses = self.args, torch.cat([z, h], -1), {}  # (B, T, F)
+        features, losses = torch.cat([z, h], -1), {}  # (B, T, F)
         losses["loss/kl"], losses["stat/kl"] = self.kl_loss(post, prior)
         losses["loss/image"] = self.image_loss(self.decoder(features.flatten(0, 1)), images)
         losses["loss/reward"] = self.reward_loss(self.reward(features), batch["reward"])
-        if args.discount_head:
+        if self.discount is not None:
             losses["loss/discount"] = self.discount_loss(self.discount(features), batch["discount"])
-        if self.has_keys:
+        if self.projection is not None:
             with torch.no_grad():  # the target follows the encoder by a moving average
-                moved = random_shift(batch["obs"], args.target_shift)
+                moved = random_shift(batch["obs"], 4)  # as in SPR and DrQ
                 keys = self.target_projection(self.encode(moved, self.target_encoder)[2])
-        if args.infonce_weight:
+        if self.similarity is not None:
             losses["loss/contrastive"] = self.contrastive_loss(e, keys)
-        if args.spr_weight:
+        if self.predictor is not None:
             losses["loss/spr"] = self.spr_loss(z, h, batch["action"], keys)
-        if args.mask_ratio:
+        if self.masked_decoder is not None:
             losses["loss/masked"] = self.masked_loss(maps, images, batch["reward"].flatten(0, 1))
         return losses
 
@@ -878,7 +860,7 @@ class Agent(nn.Module):
         """Discount of imagined states (H + 1, N): gamma, or what the head says, but for the first,
         whose discount in the replay buffer is `first` (N,). And their weights, the product of the
         discounts before."""
-        if self.args.discount_head:
+        if self.discount is not None:
             predicted = torch.sigmoid(self.discount(features[1:])).squeeze(-1)
             discount = torch.cat([self.args.gamma * first[None], predicted])
         else:
@@ -913,7 +895,10 @@ class Agent(nn.Module):
     @torch.no_grad()  # weights are set, not learned
     def reset(self):
         """Moves weights reset_alpha of the way to fresh ones and clears their Adam moments."""
-        names = self.resettable[self.args.reset]
+        transition = ["gru_in", "gru", "gru_norm", "prior_in", "prior_out"]
+        policy = ["actor", "critic"]
+        names = {"transition": [f"rssm.{name}" for name in transition], "actor-critic": policy,
+                 "all": self.world + policy}[self.args.reset]  # fmt: skip
         for name in names:
             module = self.get_submodule(name)
             fresh = copy.deepcopy(module).apply(weight_init)
@@ -947,7 +932,7 @@ class Agent(nn.Module):
         loss = sum(self.loss_weights.get(name, 1.0) * value
                    for name, value in metrics.items() if name.startswith("loss/"))  # fmt: skip
         minimize(loss, self.optimizers["model"])
-        if self.has_keys:
+        if self.projection is not None:
             soft_update(self.encoder, self.target_encoder, args.encoder_tau)
             soft_update(self.projection, self.target_projection, args.encoder_tau)
         return *states[:2], metrics
@@ -955,8 +940,8 @@ class Agent(nn.Module):
     def update_behavior(self, z, h, first_discount):
         """One step of actor and critic from states z (N, Z), h (N, D) and their discounts (N,)."""
         features, entropies = self.imagine(z, h)  # [Bednarz alg. 1:5]
-        discount, weights = self.discounts(features, first_discount)
-        returns = self.returns(features, discount)  # [Bednarz alg. 1:6]
+        discount, weights = self.discounts(features, first_discount)  # [Bednarz alg. 1:6]
+        returns = self.returns(features, discount)
         actor_loss = self.actor_loss(returns, entropies, weights)
         critic_loss = self.critic_loss(features, returns, weights)
         minimize(actor_loss, self.optimizers["actor"])

@@ -22,8 +22,8 @@ From pixels: the three designs of Marshall & Khasar, and two that need no state 
 
 Shapes: T tasks, B transitions of each, N transitions of context of each, M = T B, K stacked images,
 C H W image, S state, X what the agent sees of it (x), L task variable (z), A action.
-Units: frame = step = one decision, as families set the control step; trajectory = `horizon` steps
-of one task; update = one gradient update on T tasks.
+Units: frame = step = one decision, as families set the control step; trajectory = so many
+steps of one task, --trajectory-steps; update = one gradient update on T tasks.
 
 Differences from the paper and the authors' code
 D1  z is drawn once per update; theirs draws twice and uses the second. The same distribution.
@@ -69,7 +69,7 @@ if sys.platform == "linux":
 
 # ---- Args --------------------------------------------------------------------------------------
 
-ACTION_REPEAT = {}  # not used: families set the length of a step
+ACTION_REPEAT = {}  # families set the length of a step
 SMOKE = {
     "env_id": "pendulum-goal2", "obs_mode": "critic", "image_size": 32, "render": "fast",
     "total_frames": 24_200, "initial_steps": 100, "tasks_per_iteration": 2, "prior_steps": 50,
@@ -152,7 +152,6 @@ HORIZON = {  # families of tasks, and the steps of their trajectories
     "reacher-goal": 100, "point-goal": 20, "pendulum-goal2": 25, "pendulum-goal": 25,
     "pendulum-gear": 200, "pendulum-gravity": 200, "pendulum-mass": 200,
 }  # fmt: skip
-
 DYNAMICS = {"pendulum-gear", "pendulum-gravity", "pendulum-mass"}  # families that differ in them
 
 
@@ -293,6 +292,7 @@ class MetaTask:
         return getattr(self.task, name)  # everything else is the suite's
 
     def initialize_episode(self, physics):
+        """The suite's start, then theta's changes to the model."""
         self.task.initialize_episode(physics)
         if "rootx" in physics.named.data.qpos.axes.row.names:
             physics.named.model.geom_pos[0, "x"] = 0.0  # the drawn floor would end two metres back
@@ -300,15 +300,18 @@ class MetaTask:
         physics.forward()
 
     def before_step(self, action, physics):
+        """Keeps action (A,) and joint positions for the reward."""
         self.action, self.qpos = np.array(action), physics.data.qpos.copy()
         self.task.before_step(action, physics)
 
     def get_observation(self, physics):
+        """The suite's, without the way to a target."""
         observation = self.task.get_observation(physics)
         observation.pop("to_target", None)
         return observation
 
     def get_reward(self, physics):
+        """The family's."""
         return float(self.family.reward(self, physics))
 
     def velocity(self, physics):
@@ -317,6 +320,7 @@ class MetaTask:
         return (physics.data.qpos[i] - self.qpos[i]) / self.family.dt
 
     def effort(self):
+        """What the action costs."""
         return 0.05 * np.square(self.action).sum()
 
 
@@ -326,18 +330,19 @@ class Family(NamedTuple):
     base: str  # task of the suite that it is made of
     dt: float  # length of a step [s]
     thetas: object  # function of a random generator; or all of them, for training and test
-    reward: object  # function of MetaTask and physics; default: the suite's
+    reward: object  # function of MetaTask and physics
     apply: object = lambda physics, theta: None  # changes the model at an episode's start
 
 
 def walker_reward(task, physics):
-    """The suite's, for a given velocity."""
+    """The suite's for walking, 0 to 1, at theta metres per second."""
     standing = rewards.tolerance(physics.torso_height(), (1.2, math.inf), margin=0.6)
     stand = (3 * standing + (1 + physics.torso_upright()) / 2) / 4
     return stand * (1 + 5 * max(0.0, 1 - abs(task.velocity(physics) - task.theta))) / 6
 
 
 def cartpole_reward(task, physics):
+    """0 to 1: the pole upright and the cart at theta; less the effort."""
     upright = (1 + physics.pole_angle_cosine().item()) / 2
     near = math.exp(-2 * abs(physics.named.data.qpos["slider"].item() - task.theta))
     return upright * near - task.effort()
@@ -352,11 +357,13 @@ def put_target(physics, theta):
 
 
 def put_point_and_target(physics, theta):
+    """The point at the origin, the target 0.2 m from it at angle theta."""
     physics.data.qpos[:] = 0.0
     put_target(physics, (0.2, theta))
 
 
 def set_mass(physics, theta):
+    """The pole weighs theta kg."""
     angle, physics.named.model.body_mass["pole"] = physics.data.qpos.copy(), theta
     mujoco.mj_setConst(physics.model.ptr, physics.data.ptr)
     physics.data.qpos[:] = angle  # which that had reset
@@ -368,10 +375,12 @@ def tame_pendulum(physics, theta):
 
 
 def angle_reward(task, physics):
+    """-1 to 1: the cosine of the way to theta, counted from hanging [rad]."""
     return math.cos(physics.data.qpos[0] - math.pi - task.theta)
 
 
 def suite_reward(task, physics):
+    """The suite's: theta is in the dynamics."""
     return task.task.get_reward(physics)
 
 
@@ -743,12 +752,12 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """x (N, X) -> stacked images (N, K * C, H, W), centred at 0: the encoder backwards."""
+    """z (B, D) -> image stack (B, K * C, H, W), centred at 0: the encoder backwards."""
 
-    def __init__(self, obs_shape, x_dim, args):
+    def __init__(self, obs_shape, z_dim, args):
         super().__init__()
         sizes, n = conv_sizes(obs_shape[-1], args.conv_strides), args.filters
-        layers = [nn.Linear(x_dim, n * sizes[-1] ** 2), nn.ReLU()]
+        layers = [nn.Linear(z_dim, n * sizes[-1] ** 2), nn.ReLU()]
         layers += [nn.Unflatten(1, (n, sizes[-1], sizes[-1]))]
         for i, stride in reversed(list(enumerate(args.conv_strides))):
             missing = sizes[i] - (sizes[i + 1] - 1) * stride - 3  # what the conv's stride cut off
@@ -756,8 +765,8 @@ class Decoder(nn.Module):
             layers += [nn.ConvTranspose2d(n, out, 3, stride, output_padding=missing), nn.ReLU()]
         self.net = nn.Sequential(*layers[:-1])
 
-    def forward(self, x):
-        return self.net(x)
+    def forward(self, z):
+        return self.net(z)
 
 
 # ---- Agent -------------------------------------------------------------------------------------
@@ -1257,8 +1266,8 @@ def make_env(args, seed, pixels=True, video_size=0):
 
 
 def trajectories(args):
-    """Of the initial collection from a task; then of a visit: from the prior, from the posterior,
-    and extra."""
+    """Numbers of trajectories: initial ones per task; and per visit of one, with z from the prior,
+    from the posterior, and extra ones."""
     return [math.ceil(steps / args.trajectory_steps) for steps in (
         args.initial_steps, args.prior_steps, args.posterior_steps, args.extra_steps)]
 
@@ -1288,7 +1297,6 @@ class Interrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         print("\nstopping with a checkpoint; once more to stop at once", file=sys.stderr)
-
 
 
 def collect(agent, env, buffer, task, count, posterior, for_context, rng):
@@ -1326,7 +1334,7 @@ def train(args, run_dir, interrupt, payload=None):
         now, _ = load_checkpoint(payload, run_dir, agent, buffer, env, rng)
     else:
         now = {"step": 0, "iteration": 0, "metrics": {}, "rows": [], "wall_s": 0.0, "saved": 0,
-               "random_return": 0.0, "eval_return": None, "return_by_context": [],
+               "random_return": 0.0, "eval_return": None, "score": {},
                "rl": [[] for _ in train_thetas], "enc": [[] for _ in train_thetas]}  # fmt: skip
         env.reset()
     buffer.watch(train_thetas, now["rl"], now["enc"], args.latent_dim)
@@ -1366,12 +1374,12 @@ def train(args, run_dir, interrupt, payload=None):
             film = [] if args.video else None
             by_context, means = evaluate(agent, eval_env, test_thetas, False, film)
             row |= report(by_context)
-            now |= score(by_context)
+            now["score"] = score(by_context)
             if args.obs_mode.startswith("cnn"):  # the distribution shift, as a number
                 shift = report(evaluate(agent, eval_env, test_thetas, True)[0])
                 row |= {k.replace("/", "/true_state_"): v for k, v in shift.items()}
             tqdm.write(f"{now['step']:,} frames: return by trajectories of context "
-                       + " ".join(f"{mean:.1f}" for mean, *_ in now["return_by_context"]))
+                       + " ".join(f"{r:.1f}" for r in by_context.mean((0, 1))))
             images = agent.images(buffer, np.random.default_rng(0))
             images["z"] = scatter(means, test_thetas)
             logger.show(now["step"], images, film or [], env.fps)
@@ -1390,7 +1398,7 @@ def train(args, run_dir, interrupt, payload=None):
         logger.writer.close()
     env.close()
     eval_env.close()
-    return summary(args, now, agent.updates)
+    return summary(args, now, agent.updates) | now["score"]
 
 
 def scatter(means, thetas, size=200):
@@ -1413,12 +1421,11 @@ def scatter(means, thetas, size=200):
 
 
 def summary(args, now, updates):
-    """The numbers of the last line that is printed; returns by context: mean and 95 % interval."""
+    """The numbers of the last line that is printed."""
     return {"env_id": args.env_id, "script": Path(__file__).stem, "seed": args.seed,
             "device": args.device, "frames": now["step"] * args.action_repeat, "updates": updates,
             "wall_s": round(now["wall_s"], 1), "random_return": now["random_return"],
-            "eval_return": now["eval_return"], "return_by_context": now["return_by_context"],
-            "gain": now.get("gain")}  # fmt: skip
+            "eval_return": now["eval_return"]}  # fmt: skip
 
 
 def play(args):
@@ -1437,8 +1444,7 @@ def play(args):
         folder = path if path.is_dir() else path.parent
         with survive("video"):
             print(f"video: {write_video(folder / 'evaluation', film, env.fps)}")
-    now = payload["progress"] | score(returns)
-    return summary(args, now, payload["updates"])
+    return summary(args, payload["progress"], payload["updates"]) | score(returns)
 
 
 def main(args):

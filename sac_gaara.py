@@ -639,10 +639,10 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """z (B, D) -> image stack (B, K * C, H, W), centred at 0: the encoder backwards."""
 
-    def __init__(self, obs_shape, args):
+    def __init__(self, obs_shape, z_dim, args):
         super().__init__()
         sizes, n = conv_sizes(obs_shape[-1], args.conv_strides), args.filters
-        layers = [nn.Linear(args.latent_dim, n * sizes[-1] ** 2), nn.ReLU()]
+        layers = [nn.Linear(z_dim, n * sizes[-1] ** 2), nn.ReLU()]
         layers += [nn.Unflatten(1, (n, sizes[-1], sizes[-1]))]
         for i, stride in reversed(list(enumerate(args.conv_strides))):
             missing = sizes[i] - (sizes[i + 1] - 1) * stride - 3  # what the conv's stride cut off
@@ -695,7 +695,8 @@ class Agent(nn.Module):
         self.encoder = Encoder(obs_shape, args, stochastic=autoencoder == "vae")
         self.actor = Actor(self.encoder, spec.action_dim, args)
         self.critic = Critic(self.encoder.z_dim, spec.action_dim, args)
-        self.decoder = Decoder(obs_shape, args) if autoencoder != "none" else None
+        has_decoder, z_dim = autoencoder != "none", self.encoder.z_dim
+        self.decoder = Decoder(obs_shape, z_dim, args) if has_decoder else None
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.init_temperature)))  # D6
         self.apply(weight_init).to(args.device, memory_format=torch.channels_last)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)

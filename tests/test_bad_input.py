@@ -98,7 +98,7 @@ OWN = {
         ("--model-every-updates 2 --behavior-every-updates 3", "--model-every-updates", "be 1"),
         ("--warmup-steps 20", "--sequence-length", "between 2 and 10"),
         ("--horizon 1", "--horizon", "at least 2"),
-        ("--spr-weight 1 --spr-steps 50", "--spr-steps", "--sequence-length"),
+        ("--spr-weight 1 --sequence-length 5", "--spr-weight", "--sequence-length 6"),
         ("--mask-ratio 1.1", "--mask-ratio", "above 1"),
         ("--reset-alpha 2", "--reset-alpha", "above 1"),
         ("--kl-balance 1.2", "--kl-balance", "above 1"),

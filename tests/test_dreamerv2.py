@@ -430,7 +430,7 @@ def moved(agent, step):
     return {k.split(".")[0] for k in changed}
 
 
-ALL = {"infonce_weight": 1.0, "spr_weight": 1.0, "mask_ratio": 0.5, "shift": 2, "spr_steps": 3,
+ALL = {"infonce_weight": 1.0, "spr_weight": 1.0, "mask_ratio": 0.5, "shift": 2,
        "discount_head": True}
 MODEL = {"encoder", "rssm", "decoder", "reward"}
 EXTRA = {"discount", "projection", "similarity", "predictor", "masked_decoder", "masked_reward"}
@@ -649,12 +649,12 @@ def test_infonce_by_loops():
 
 
 def test_spr_by_loops(monkeypatch):
-    agent, g = make_agent(spr_weight=1.0, spr_steps=3), torch.Generator().manual_seed(0)
+    agent, g = make_agent(spr_weight=1.0), torch.Generator().manual_seed(0)
     z, h = torch.rand(2, 6, 12, generator=g), torch.randn(2, 6, 5, generator=g)
     action, keys = torch.rand(2, 6, 2, generator=g), torch.randn(2, 6, 128, generator=g)
     monkeypatch.setattr(agent.rssm, "noise", lambda *shape: torch.full((*shape, 3, 4), 0.5))
     brute = 0.0
-    for k in (1, 2, 3):
+    for k in (1, 2, 3, 4, 5):
         errors = []
         for b in range(2):
             for t in range(6 - k):
@@ -664,14 +664,14 @@ def test_spr_by_loops(monkeypatch):
                 predicted = agent.projection(agent.predictor(torch.cat([zt, ht])))
                 errors.append((F.normalize(predicted, dim=0)
                                - F.normalize(keys[b, t + k], dim=0)).square().sum())
-        brute += sum(errors) / len(errors) / 3
+        brute += sum(errors) / len(errors) / 5
     torch.testing.assert_close(agent.spr_loss(z, h, action, keys), brute)
     monkeypatch.setattr(agent.projection, "forward", lambda f: 3 * keys[:, -f.shape[1] :])
     assert agent.spr_loss(z, h, action, keys).abs().item() < 1e-5  # 0 at best
 
 
 def test_the_target_encoder_follows_slowly_and_sees_other_shifts(monkeypatch):
-    agent, seen = make_agent(spr_weight=1.0, spr_steps=2, encoder_tau=0.3), []
+    agent, seen = make_agent(spr_weight=1.0, encoder_tau=0.3), []
     old = copy.deepcopy(agent.target_encoder)
     forward = agent.target_encoder.forward
     monkeypatch.setattr(agent.target_encoder, "forward", lambda x: (seen.append(x), forward(x))[1])
@@ -827,7 +827,7 @@ def test_only_an_optimizers_own_parameters_get_gradients():
 
 def test_weights_of_the_auxiliary_losses(monkeypatch):
     """J(M) is the weighted sum; the logged losses are without their weights."""
-    agent = make_agent(infonce_weight=2.0, spr_weight=3.0, spr_steps=2, kl_scale=5.0,
+    agent = make_agent(infonce_weight=2.0, spr_weight=3.0, kl_scale=5.0,
                        mask_ratio=0.5, discount_head=True)
     totals, minimize = [], script.minimize
     monkeypatch.setattr(script, "minimize", lambda loss, *o: (totals.append(loss.item()),
@@ -1035,7 +1035,7 @@ def test_the_studies_are_accepted():
 
 def test_a_tiny_run_with_everything_on(tmp_path):
     flags = ("--reset all --reset-every-updates 60 --catch-up-updates 5 --shift 1 --mask-ratio 0.5 "
-             "--infonce-weight 1 --spr-weight 1 --spr-steps 2 --discount-head "
+             "--infonce-weight 1 --spr-weight 1 --discount-head "
              "--model-every-updates 2")
     numbers = summary(run("dreamerv2", f"{TINY['dreamerv2']} {flags} --runs-dir {tmp_path}"))
     assert numbers["updates"] == script.updates_due(

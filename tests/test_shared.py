@@ -13,39 +13,49 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["sac_ae.py", "sac_gaara.py", "slac.py", "dreamerv2.py", "pearl_pixels.py"]
-CAPS = {"sac_ae.py": 1165, "sac_gaara.py": 1264, "slac.py": 1273, "dreamerv2.py": 1410,
-        "pearl_pixels.py": 1490}  # lines
+CAPS = {"sac_ae.py": 1166, "sac_gaara.py": 1265, "slac.py": 1273, "dreamerv2.py": 1395,
+        "pearl_pixels.py": 1496}  # lines
 EACH = tuple(SCRIPTS)
 VARIES = {  # name: (scripts with a text of their own, or two that share one; all others share
     # another, the reason)
-    "Args": (EACH, "each has arguments of its own; those in common differ in defaults only"),
-    "SMOKE": (EACH, "each algorithm learns from its own small configuration"),
-    "ACTION_REPEAT": (("slac.py", "dreamerv2.py", "pearl_pixels.py"), "the papers' tables"),
-    "MAY_BE_ZERO": (EACH, "names fields of Args"),
-    "AT_MOST_ONE": (EACH[2:], "names fields of Args"),
-    "FREE_ON_RESUME": (("slac.py", "pearl_pixels.py"), "names fields of Args; SLAC's eval_policy; "
-                       "PEARL overwrites no row, whatever the capacity"),
+    "Args": (EACH, "the algorithms' hyperparameters; a field that two scripts have is one text in "
+             "both but for its default"),
+    "SMOKE": (EACH, "the configuration that was measured to learn in minutes, per algorithm"),
+    "ACTION_REPEAT": (("slac.py", "dreamerv2.py", "pearl_pixels.py"), "SAC+AE's and SLAC's papers "
+                      "list different repeats, DreamerV2 has 2 everywhere, PEARL 1"),
+    "MAY_BE_ZERO": (EACH, "names fields of Args, each script its own"),
+    "AT_MOST_ONE": (EACH[2:], "names fields of Args; SAC+AE and SAC+GAARA name the same ones"),
+    "FREE_ON_RESUME": (("slac.py", "pearl_pixels.py"), "SLAC can be evaluated by another "
+                       "--eval-policy; PEARL's replay overwrites no row, so that its capacity may "
+                       "change"),
     "check_algorithm": (EACH, "refuses what only this script's arguments can get wrong"),
-    "weight_init": (("slac.py", "dreamerv2.py"), "SAC+AE: (delta-)orthogonal; SLAC: Xavier; "
-                    "DreamerV2: that, and its LayerNorm, which can be reset"),
-    "mlp": (("dreamerv2.py", "pearl_pixels.py"), "SAC's have two ReLU layers, DreamerV2's four ELU "
-            "layers, PEARL's three ReLU layers and a last one near zero"),
-    "minimize": (("dreamerv2.py",), "DreamerV2 clips gradients"),
-    "tanh_gaussian": (("slac.py",), "SAC+AE's authors have 1e-6 under the logarithm; SLAC: exact"),
-    "Encoder": (EACH, "SAC+AE: a head per reader; SAC+GAARA: its tanh is a switch; SLAC: one f"),
-    "Decoder": (EACH[2:], "each mirrors an encoder of other kernels"),
-    "Actor": (("slac.py", "dreamerv2.py"), "SAC+AE's has a head on shared convs; SLAC's reads "
-              "histories or z; DreamerV2's is a truncated normal"),
-    "make_env": (("sac_ae.py sac_gaara.py", "pearl_pixels.py"), "--obs state; --obs-mode state"),
-    "check_run": (("pearl_pixels.py",), "it has families of tasks, and no --warmup-steps"),
-    "load_task": (("pearl_pixels.py",), "its tasks are the suite's, changed"),
-    "evaluate": (("pearl_pixels.py",), "adapts to tasks"),
-    "replay_rows": (("pearl_pixels.py",), "its runs are made of whole iterations"),
-    "train": (("pearl_pixels.py",), "a loop over tasks"),
-    "summary": (("pearl_pixels.py",), "returns by number of trajectories of context"),
-    "play": (("pearl_pixels.py",), "adapts to tasks"),
-    "updates_due": (("dreamerv2.py",), "its resets add updates"),
+    "updates_due": (("dreamerv2.py",), "adds the catch-up updates of its resets"),
+    "check_run": (("pearl_pixels.py",), "an --env-id is a family of tasks there, and an iteration "
+                  "takes the place of --warmup-steps"),
+    "load_task": (("pearl_pixels.py",), "tasks are the suite's, with a target or changed physics"),
+    "make_env": (("sac_ae.py sac_gaara.py", "pearl_pixels.py"), "SAC+AE and SAC+GAARA can learn "
+                 "from states (--obs state), PEARL from states and images (--obs-mode); the others "
+                 "need images"),
+    "replay_rows": (("pearl_pixels.py",), "all rows of a run, which is made of whole iterations"),
+    "weight_init": (("slac.py", "dreamerv2.py"), "SAC+AE: (delta-)orthogonal; SLAC: Xavier, zero "
+                    "biases; DreamerV2: the same, and LayerNorm back to its start for resets"),
+    "mlp": (("dreamerv2.py", "pearl_pixels.py"), "SAC+AE, SAC+GAARA, SLAC: two ReLU layers; "
+            "DreamerV2: four ELU layers; PEARL: three ReLU layers and a last one near zero"),
+    "minimize": (("dreamerv2.py",), "DreamerV2 clips the norm of each optimizer's gradient"),
+    "tanh_gaussian": (("slac.py",), "1e-6 under the logarithm in the authors' SAC+AE, which PEARL "
+                      "shares; exact in SLAC"),
+    "Encoder": (EACH, "four published networks; SAC+GAARA's is SAC+AE's with a tanh that can be "
+                "switched off"),
+    "Decoder": (("slac.py", "dreamerv2.py"), "SAC+AE, SAC+GAARA and PEARL mirror the same convs, "
+                "SLAC and DreamerV2 have published decoders of their own"),
+    "Actor": (("slac.py", "dreamerv2.py"), "a head on the encoder's convs in SAC+AE and SAC+GAARA; "
+              "SLAC's reads histories or z; DreamerV2's is a truncated normal"),
     "Agent": (EACH, "the algorithm; what SAC+AE and SAC+GAARA share in it, two other tests keep"),
+    "evaluate": (("pearl_pixels.py",), "returns of each held-out task by number of trajectories of "
+                 "context, not of one policy by episode"),
+    "play": (("pearl_pixels.py",), "films a task before and after it is known"),
+    "train": (("pearl_pixels.py",), "iterations over tasks: collect by the prior, by the "
+              "posterior, then update; the others update after every step"),
 }
 
 
