@@ -922,17 +922,18 @@ class Agent(nn.Module):
     def sample(self, buffer, rng):
         """The batch that update() takes: transitions (T, B, ...), context (T, N, ...)."""
         args = self.args
-        tasks = rng.integers(0, len(buffer.rl), args.meta_batch)
+        tasks = rng.integers(0, len(buffer.rl), args.meta_batch)  # [PEARL alg. 1:12]
         transitions = np.stack([buffer.pick(buffer.rl[i], rng, args.batch_size) for i in tasks])
         context = np.stack([buffer.pick(buffer.enc[i], rng, args.context_size) for i in tasks])
         context = buffer.at(context, args.frame_stack) | {"theta": buffer.thetas[tasks]}
-        return {"transitions": buffer.at(transitions, args.frame_stack), "context": context}
+        transitions = buffer.at(transitions, args.frame_stack)
+        return {"transitions": transitions, "context": context}  # [PEARL alg. 1:13]
 
     def update(self, batch):
         """One update from a batch of sample(); metrics as 0-d tensors."""
         args, optimizers, metrics = self.args, self.optimizers, {}
-        mu, var = self.posterior(batch["context"])  # [PEARL alg. 1:14]
-        z = mu + var.sqrt() * torch.randn_like(mu)  # (T, L)  D1
+        mu, var = self.posterior(batch["context"])
+        z = mu + var.sqrt() * torch.randn_like(mu)  # (T, L)  D1  [PEARL alg. 1:14]
         z = z.repeat_interleave(args.batch_size, 0)  # (M, L)
         obs, next_obs, state, next_state, action, reward, discount = (
             batch["transitions"][key].flatten(0, 1) for key in (
@@ -947,17 +948,21 @@ class Agent(nn.Module):
             extra = metrics["loss/cnn"] = self.cnn_loss(estimate, state)
             weight = args.rl_weight if args.obs_mode == "cnn-rl" else 0.0
             x_for_q = x.detach() + weight * (x - x.detach())  # scales J(Q)'s gradient in the CNN
+        if args.obs_mode == "cnn-rl":  # norms of the two gradients that meet in x
+            x_for_q.register_hook(lambda g: metrics.update({"stat/x_grad_q": weight * g.norm()}))
+            metrics["stat/x_grad_cnn"] = 2 * (extra / x.numel()).sqrt()
         if args.obs_mode == "ae":
             extra = metrics["loss/reconstruction"] = self.reconstruction_loss(x, obs)
             movers.append("decoder")
-        metrics["loss/q"] = self.q_loss(x_for_q, action, z, target)
+        metrics["loss/q"] = self.q_loss(x_for_q, action, z, target)  # [PEARL alg. 1:16]
         if not args.oracle:
-            metrics["loss/kl"] = self.kl_loss(mu, var)
+            metrics["loss/kl"] = self.kl_loss(mu, var)  # [PEARL alg. 1:17]
             extra = extra + args.kl_lambda * metrics["loss/kl"]
             movers.append("context")
         if args.obs_mode != "state":
             movers.append("cnn")
-        minimize(metrics["loss/q"] + extra, *(optimizers[name] for name in movers))
+        loss = metrics["loss/q"] + extra
+        minimize(loss, *(optimizers[name] for name in movers))  # [PEARL alg. 1:19, 21]
         x, z = x.detach(), z.detach()  # V and actor train neither the CNN nor the context encoder
         metrics |= self.update_policy(x, z)
         if self.free:
@@ -973,7 +978,7 @@ class Agent(nn.Module):
         action, log_prob = tanh_gaussian(mean, log_std)
         inputs = torch.cat([x, action, z], -1)
         q = torch.min(self.q1(inputs), self.q2(inputs))
-        metrics["loss/actor"] = self.actor_loss(q, log_prob, mean, log_std)
+        metrics["loss/actor"] = self.actor_loss(q, log_prob, mean, log_std)  # [PEARL alg. 1:15]
         if args.critic == "v":
             metrics["loss/v"] = self.v_loss(x, z, q, log_prob)
             minimize(metrics["loss/v"], optimizers["v"])
@@ -982,24 +987,25 @@ class Agent(nn.Module):
             metrics["loss/alpha"] = self.alpha_loss(log_prob)
             soft_update(self.q1, self.target_q1, args.tau)
             soft_update(self.q2, self.target_q2, args.tau)
-        minimize(metrics["loss/actor"], optimizers["actor"])
+        minimize(metrics["loss/actor"], optimizers["actor"])  # [PEARL alg. 1:20]
         if args.critic == "q":
             minimize(metrics["loss/alpha"], optimizers["alpha"])
         return metrics | {"stat/entropy": -log_prob.mean()}
 
-    def prepare(self, buffer, rng):
-        """After the initial trajectories: fixes the standardisation, and fits the CNN to states."""
-        if self.free:
-            return
-        state = buffer.columns["state"][: buffer.row]
-        self.state_mean.copy_(state.mean(0))
-        self.state_std.copy_(state.std(0).clamp(min=1e-3))
+    def prepare(self, buffer):
+        """After the initial trajectories: fixes the standardisation of states."""
+        if not self.free:
+            state = buffer.columns["state"][: buffer.row]
+            self.state_mean.copy_(state.mean(0))
+            self.state_std.copy_(state.std(0).clamp(min=1e-3))
+
+    def fit(self, buffer, rng):
+        """One step of the CNN alone towards the states of the initial trajectories."""
         starts = [start for starts in buffer.rl for start in starts]
-        for _ in range(self.args.cnn_pretrain_updates if self.args.obs_mode != "state" else 0):
-            rows = buffer.pick(starts, rng, self.args.meta_batch * self.args.batch_size)[None]
-            batch = buffer.at(rows, self.args.frame_stack)
-            x = self.cnn(preprocess(batch["obs"][0]))
-            minimize(self.cnn_loss(x, batch["state"][0]), self.optimizers["cnn"])
+        rows = buffer.pick(starts, rng, self.args.meta_batch * self.args.batch_size)[None]
+        batch = buffer.at(rows, self.args.frame_stack)
+        x = self.cnn(preprocess(batch["obs"][0]))
+        minimize(self.cnn_loss(x, batch["state"][0]), self.optimizers["cnn"])
 
     @torch.no_grad()  # for the eye
     def images(self, buffer, rng):
@@ -1045,36 +1051,41 @@ def play_trajectory(agent, env, carry, explore, film=None):
     return steps, [*xs, agent.act(steps[-1], carry, explore=False)[1]["x"]]
 
 
-def evaluate(agent, env, thetas, true_state, film=None):
+def evaluate(agent, env, thetas, true_state, film=None, interrupt=None):
     """Adapts to every task of `thetas`, eval_episodes times: trajectory k is played by the mean
     action with z from the k trajectories before. The paper's algorithm 2.
 
     Seeds the environment and PyTorch, and leaves PyTorch's random numbers as they were. Gives the
-    returns (tasks, episodes, k + 1) and the last posterior means (tasks, episodes, L).
+    returns (tasks, episodes, k + 1), the last posterior means (tasks, episodes, L), and what the
+    agent saw: x (n, X) and the true states (n, S). A signal ends it early.
     """
-    args, before = agent.args, rng_state()
+    args, before, seen = agent.args, rng_state(), []
     returns = np.zeros((len(thetas), args.eval_episodes, args.context_trajectories + 1))
     means = np.zeros((*returns.shape[:2], args.latent_dim))
     env.random.seed(args.seed + 2**31)
     torch.manual_seed(args.seed)
-    for i, j in np.ndindex(returns.shape[:2]):
-        env.env.task.theta, context = thetas[i], []
-        mu, var = agent.prior(thetas[i])
-        for k in range(returns.shape[2]):  # [PEARL alg. 2:2]
-            z = mu + var.sqrt() * torch.randn_like(mu)
-            carry = {"z": z, "true_state": true_state}
-            steps, xs = play_trajectory(agent, env, carry, False, film if i == j == 0 else None)
-            returns[i, j, k] = sum(step.reward for step in steps)
-            for x, next_x, step in zip(xs[:-1], xs[1:], steps[1:], strict=True):
-                reward = torch.tensor([[step.reward]], device=args.device)
-                action = torch.as_tensor(step.action, device=args.device)[None]
-                context.append((x, action, reward, next_x))
-            if not args.oracle:
-                with torch.no_grad():
-                    mu, var = agent.infer(*(torch.stack(c, 1) for c in zip(*context, strict=True)))
+    for i, j, k in np.ndindex(returns.shape):  # [PEARL alg. 2:2]
+        if interrupt and interrupt.signal:
+            break
+        if k == 0:
+            env.env.task.theta, context = thetas[i], []  # [PEARL alg. 2:1]
+            mu, var = agent.prior(thetas[i])
+        carry = {"z": mu + var.sqrt() * torch.randn_like(mu),  # [PEARL alg. 2:3]
+                 "true_state": true_state}  # fmt: skip
+        camera = film if i == j == 0 else None
+        steps, xs = play_trajectory(agent, env, carry, False, camera)  # [PEARL alg. 2:4]
+        returns[i, j, k] = sum(step.reward for step in steps)
+        seen += [(x[0].cpu(), torch.as_tensor(s.state)) for x, s in zip(xs, steps, strict=True)]
+        for x, next_x, step in zip(xs[:-1], xs[1:], steps[1:], strict=True):
+            reward = torch.tensor([[step.reward]], device=args.device)
+            action = torch.as_tensor(step.action, device=args.device)[None]
+            context.append((x, action, reward, next_x))  # [PEARL alg. 2:5]
+        if not args.oracle:
+            with torch.no_grad():
+                mu, var = agent.infer(*(torch.stack(c, 1) for c in zip(*context, strict=True)))
         means[i, j] = mu[0].cpu()
     set_rng_state(before)  # D4
-    return returns, means
+    return returns, means, [torch.stack(column) for column in zip(*seen, strict=True)]
 
 
 def interval(values):
@@ -1299,100 +1310,122 @@ class Interrupt:
         print("\nstopping with a checkpoint; once more to stop at once", file=sys.stderr)
 
 
-def collect(agent, env, buffer, task, count, posterior, for_context, rng):
-    """`count` trajectories of a training task; with z from the prior, or, but for the first, from
-    the posterior given some of the task's context. Gives their returns."""
-    env.env.task.theta, returns = buffer.task_thetas[task], []
-    for i in range(count):
-        mu, var = agent.prior(env.env.task.theta)
-        if posterior and i and not agent.args.oracle:
-            rows = buffer.pick(buffer.enc[task], rng, agent.args.context_size)[None]
-            with torch.no_grad():
-                mu, var = agent.posterior(buffer.at(rows, agent.args.frame_stack))
-        carry = {"z": mu + var.sqrt() * torch.randn_like(mu), "true_state": agent.true_state}
-        first = buffer.row
-        steps, _ = play_trajectory(agent, env, carry, explore=True)
-        for step in steps:
-            buffer.add(step)
-        buffer.rl[task].append(first)
-        if for_context:
-            buffer.enc[task].append(first)
-        returns.append(sum(step.reward for step in steps))
-    return returns
+def visits(args, rng, tasks):
+    """The trajectories of an iteration in their order: [(task, whether a visit begins with it,
+    whether z is inferred, whether it is for the context)]."""
+    _, prior, posterior, extra = trajectories(args)
+    kinds = [(False, True)] * prior  # posterior collection begins with the prior, too
+    kinds += [(i > 0, True) for i in range(posterior)] + [(i > 0, False) for i in range(extra)]
+    chosen = rng.integers(tasks, size=args.tasks_per_iteration).tolist()  # [PEARL alg. 1:3]
+    return [(task, i == 0, *kind) for task in chosen for i, kind in enumerate(kinds)]
+
+
+def collect(agent, env, buffer, job, rng):
+    """Plays a trajectory of a training task, one of visits(), and gives its return."""
+    (task, begins, inferred, for_context), args = job, agent.args
+    if begins:
+        buffer.enc[task].clear()  # [PEARL alg. 1:4]
+    env.env.task.theta = buffer.task_thetas[task]
+    mu, var = agent.prior(env.env.task.theta)
+    if inferred and not args.oracle:
+        rows = buffer.pick(buffer.enc[task], rng, args.context_size)[None]  # [PEARL alg. 1:8]
+        with torch.no_grad():
+            mu, var = agent.posterior(buffer.at(rows, args.frame_stack))
+    z = mu + var.sqrt() * torch.randn_like(mu)  # [PEARL alg. 1:6]
+    carry, row = {"z": z, "true_state": agent.true_state}, buffer.row
+    steps, _ = play_trajectory(agent, env, carry, explore=True)
+    for step in steps:
+        buffer.add(step)  # [PEARL alg. 1:7]
+    buffer.rl[task].append(row)
+    if for_context:
+        buffer.enc[task].append(row)
+    return sum(step.reward for step in steps)
 
 
 def train(args, run_dir, interrupt, payload=None):
-    """The paper's algorithm 1. A checkpoint is written between two iterations; a signal ends the
-    run within one, so that it goes on from that iteration's start."""
+    """The paper's algorithm 1, one trajectory or update at a time: what is left of an iteration is
+    in `now`, so that a run may stop, and go on, between any two of them."""
     rng, (train_thetas, test_thetas) = np.random.default_rng(args.seed), split(args)
     torch.manual_seed(args.seed)
     env, eval_env = make_env(args, args.seed), make_env(args, 0, video_size=256 * args.video)
-    agent = Agent(args, env.spec)
+    agent, has_cnn = Agent(args, env.spec), args.obs_mode.startswith("cnn")
     buffer = TaskBuffer(replay_rows(args), env.spec, args.device, args.trajectory_steps)
-    initial, prior, posterior, extra = trajectories(args)
     if payload:
         now, _ = load_checkpoint(payload, run_dir, agent, buffer, env, rng)
     else:
-        now = {"step": 0, "iteration": 0, "metrics": {}, "rows": [], "wall_s": 0.0, "saved": 0,
-               "random_return": 0.0, "eval_return": None, "score": {},
-               "rl": [[] for _ in train_thetas], "enc": [[] for _ in train_thetas]}  # fmt: skip
+        initial = [(task, False, False, True) for task in range(len(train_thetas))
+                   for _ in range(trajectories(args)[0])]  # fmt: skip
+        now = {"step": 0, "iteration": 0, "jobs": initial, "fits": 0, "updates": 0, "returns": [],
+               "metrics": {}, "rows": [], "wall_s": 0.0, "saved": 0, "random_return": 0.0,
+               "eval_return": None, "score": {}, "rl": [[] for _ in train_thetas],
+               "enc": [[] for _ in train_thetas]}  # fmt: skip
         env.reset()
+        print(f"{len(train_thetas)} tasks to train on, {len(test_thetas)} to test on"
+              + ", the same ones" * (train_thetas == test_thetas), flush=True)  # fmt: skip
     buffer.watch(train_thetas, now["rl"], now["enc"], args.latent_dim)
+    frames = buffer.row - sum(map(len, now["rl"]))
     logger = Logger(args, run_dir, now["step"], now["rows"])
+    logger.bar.update(frames - now["step"])
     clock = time.monotonic() - now["wall_s"]
-    if not payload:
+
+    def save():
+        now["wall_s"], now["saved"] = time.monotonic() - clock, frames
         with survive("checkpoint"):
             save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
-    while now["step"] < args.total_frames and not interrupt.signal:
-        returns = []
-        if now["iteration"] == 0:
-            for task in range(len(train_thetas)):
-                returns += collect(agent, env, buffer, task, initial, False, True, rng)
-            now["random_return"], returns = float(np.mean(returns)), []
-            print(f"untrained policy: {now['random_return']:.1f} per trajectory", flush=True)
-            agent.prepare(buffer, rng)
-        for _ in range(args.tasks_per_iteration):  # [PEARL alg. 1:3]
-            task = int(rng.integers(len(train_thetas)))
-            now["enc"][task].clear()
-            returns += collect(agent, env, buffer, task, prior, False, True, rng)
-            returns += collect(agent, env, buffer, task, posterior, True, True, rng)
-            returns += collect(agent, env, buffer, task, extra, True, False, rng)
-            if interrupt.signal:
-                break
-        for _ in range(args.updates_per_iteration):  # [PEARL alg. 1:11]
-            if interrupt.signal:
-                break
-            now["metrics"] |= agent.update(agent.sample(buffer, rng))
-        if interrupt.signal:
-            break
+
+    def finish():
+        """Evaluates if it is time, logs the iteration; False if a signal came before."""
         check_finite(now["metrics"], agent.updates)
-        before, now["step"] = now["step"], buffer.row - sum(map(len, now["rl"]))
-        now["iteration"] += 1
-        row = {"train/return": float(np.mean(returns))}
-        every = args.eval_every_frames
-        if now["step"] // every > before // every or now["step"] >= args.total_frames:
-            film = [] if args.video else None
-            by_context, means = evaluate(agent, eval_env, test_thetas, False, film)
-            row |= report(by_context)
+        row, every = {"train/return": float(np.mean(now["returns"]))}, args.eval_every_frames
+        if frames // every > now["step"] // every or frames >= args.total_frames:
+            film, test = [] if args.video else None, (agent, eval_env, test_thetas)
+            by_context, means, seen = evaluate(*test, False, film, interrupt)
+            shift = evaluate(*test, True, None, interrupt)[0] if has_cnn else None
+            if interrupt.signal:
+                return False
             now["score"] = score(by_context)
-            if args.obs_mode.startswith("cnn"):  # the distribution shift, as a number
-                shift = report(evaluate(agent, eval_env, test_thetas, True)[0])
-                row |= {k.replace("/", "/true_state_"): v for k, v in shift.items()}
-            tqdm.write(f"{now['step']:,} frames: return by trajectories of context "
-                       + " ".join(f"{r:.1f}" for r in by_context.mean((0, 1))))
+            row |= report(by_context)
             images = agent.images(buffer, np.random.default_rng(0))
-            images["z"] = scatter(means, test_thetas)
-            logger.show(now["step"], images, film or [], env.fps)
-        now["wall_s"] = time.monotonic() - clock
+            order = np.argsort([np.ravel(theta)[-1] for theta in test_thetas])
+            images["z"] = scatter(means[order])
+            if has_cnn:  # the distribution shift, as numbers and as a picture
+                row |= {k.replace("/", "/true_state_"): v for k, v in report(shift).items()}
+                x, state = seen[0], agent.standardise(seen[1].to(args.device)).cpu()
+                row["eval/cnn_error"] = F.mse_loss(x, state).item()
+                images["estimates"] = scatter(torch.stack([state, x], -1).transpose(0, 1), 3, 1)
+            tqdm.write(f"{frames:,} frames: return by trajectories of context "
+                       + " ".join(f"{r:.1f}" for r in by_context.mean((0, 1))))
+            logger.show(frames, images, film or [], env.fps)
+        now["step"], now["wall_s"] = frames, time.monotonic() - clock
         metrics = {name: float(value) for name, value in now["metrics"].items()}
-        counters = {"frames": now["step"], "updates": agent.updates}
+        counters = {"frames": frames, "updates": agent.updates}
         logger.log(counters | row | metrics | {"time/wall_s": now["wall_s"]})
-        logger.bar.update(now["step"] - before)
-        unsaved = now["step"] - now["saved"]
-        if unsaved >= args.checkpoint_every_frames or now["step"] >= args.total_frames:
-            now["saved"] = now["step"]
-            with survive("checkpoint"):
-                save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
+        return True
+
+    while now["step"] < args.total_frames and not interrupt.signal:
+        if now["fits"]:
+            agent.fit(buffer, rng)
+            now["fits"] -= 1
+        elif now["jobs"]:
+            now["returns"].append(collect(agent, env, buffer, now["jobs"].pop(0), rng))
+            frames += args.trajectory_steps
+            logger.bar.update(args.trajectory_steps)
+            if frames - now["saved"] >= args.checkpoint_every_frames:
+                save()
+        elif now["updates"]:  # [PEARL alg. 1:11]
+            now["metrics"] |= agent.update(agent.sample(buffer, rng))
+            now["updates"] -= 1
+        elif now["iteration"] and not finish():
+            break
+        else:
+            if now["iteration"] == 0:
+                now["random_return"] = float(np.mean(now["returns"]))
+                print(f"untrained policy: {now['random_return']:.1f} per trajectory", flush=True)
+                agent.prepare(buffer)
+                now["fits"] = args.cnn_pretrain_updates if has_cnn else 0
+            now |= {"iteration": now["iteration"] + 1, "updates": args.updates_per_iteration,
+                    "returns": [], "jobs": visits(args, rng, len(train_thetas))}  # fmt: skip
+    save()
     logger.bar.close()
     with survive("metrics"):
         logger.writer.close()
@@ -1401,19 +1434,20 @@ def train(args, run_dir, interrupt, payload=None):
     return summary(args, now, agent.updates) | now["score"]
 
 
-def scatter(means, thetas, size=200):
-    """Picture (size, size, 3) of the first two numbers of posterior means (tasks, episodes, L),
-    from blue to red in the order of the tasks' parameters."""
-    picture = np.full((size, size, 3), 255, np.uint8)
-    xy = np.concatenate([means, np.zeros_like(means)], -1)[..., :2]
-    low, high = xy.min((0, 1)), xy.max((0, 1))
-    places = (4 + (size - 9) * (xy - low) / np.maximum(high - low, 1e-6)).astype(int)
-    order = np.argsort(np.argsort([np.ravel(theta)[-1] for theta in thetas]))
-    for dots, rank in zip(places, order, strict=True):
-        share = rank / max(1, len(means) - 1)
+def scatter(points, limit=0, dot=5, size=200):
+    """Picture (size, size, 3) of the first two numbers of points (groups, n, 1 or more), a square
+    of `dot` pixels for each, the groups coloured from blue to red. With a limit both axes end at
+    +-limit, and a line shows where the two are equal."""
+    points, picture = np.asarray(points), np.full((size, size, 3), 255, np.uint8)
+    xy = np.concatenate([points, np.zeros_like(points)], -1)[..., :2]
+    low, high = (-limit, limit) if limit else (xy.min((0, 1)), xy.max((0, 1)))
+    if limit:
+        picture[np.arange(size)[::-1], np.arange(size)] = 200
+    share = np.clip((xy - low) / np.maximum(high - low, 1e-6), 0, 1)
+    for i, dots in enumerate(((size - dot) * share).astype(int)):
+        red = 255 * i / max(1, len(points) - 1)
         for x, y in dots:
-            colour = 255 * share, 60, 255 * (1 - share)
-            picture[size - y - 5 : size - y, x - 2 : x + 3] = colour
+            picture[size - y - dot : size - y, x : x + dot] = red, 60, 255 - red
     return picture
 
 
@@ -1436,7 +1470,7 @@ def play(args):
     env, film = make_env(args, 0, video_size=256), [] if args.video else None
     agent = Agent(args, env.spec)
     agent.load_state_dict(payload["agent"])
-    returns, _ = evaluate(agent, env, split(args)[1], False, film)
+    returns, *_ = evaluate(agent, env, split(args)[1], False, film)
     env.close()
     for theta, row in zip(split(args)[1], returns.mean(1), strict=True):
         print(f"task {np.round(theta, 2)}: " + " ".join(f"{r:.1f}" for r in row))

@@ -169,6 +169,22 @@ def pearl_batch(seed, tasks, batch_size, context_size, state=17):
              torch.zeros(tasks, n, 1)] for n in (batch_size, context_size)]
 
 
+def fill_pearl(algorithm, tasks, steps=1000, state=17):
+    """Gives oyster's algorithm its two replay buffers, with `steps` transitions of noise each."""
+    buffers = importlib.import_module("rlkit.data_management.env_replay_buffer")
+    simple, rng = buffers.SimpleReplayBuffer, np.random.default_rng(0)
+    for name in ("replay_buffer", "enc_replay_buffer"):
+        buffer = buffers.MultiTaskReplayBuffer.__new__(buffers.MultiTaskReplayBuffer)
+        buffer.task_buffers = {i: simple(steps, state, ACTION_DIM) for i in range(tasks)}
+        for one in buffer.task_buffers.values():
+            for _ in range(steps):
+                obs, next_obs, action = (rng.standard_normal(n) for n in (state, state, ACTION_DIM))
+                one.add_sample(obs, action, rng.random(), False, next_obs, env_info={})
+        setattr(algorithm, name, buffer)
+    vars(algorithm).update(recurrent=False, sparse_rewards=False, use_next_obs_in_context=False,
+                           embedding_batch_size=100, embedding_mini_batch_size=100)
+
+
 def fill_slac(agent, buffers):
     """Fills slac.pytorch's replay buffer with noise, in episodes of 250 steps."""
     buffers.LazyFrames.__array__ = (  # NumPy 2 passes one argument more

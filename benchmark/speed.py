@@ -108,18 +108,18 @@ def own(name, device, env_id, flags):
 def peer(folder, device):
     """The same of the authors' code."""
     import authors
-    import torch
 
     module, utils = authors.load(folder)
     if authors.which(folder) == "rlkit/torch/sac/sac.py":
         algorithm = authors.make_pearl(module, utils, 16, 256)
-        transitions, context = authors.pearl_batch(0, 16, 256, 100)
-        algorithm.sample_sac, context = lambda _: transitions, torch.cat(context[:3], 2)
+        authors.fill_pearl(algorithm, 16)
 
-        def take_step():
-            algorithm._take_step(range(16), context)
+        def train():
+            algorithm._do_training(range(16))
 
-        return {"two updates": lambda: (take_step(), take_step())}
+        return {"sample": lambda: (algorithm.sample_sac(range(16)),
+                                   algorithm.sample_context(range(16))),
+                "two updates": lambda: (train(), train())}
     agent, log = authors.make_agent(module, folder, device), authors.Log()
     if authors.which(folder) == "slac/algo.py":
         authors.fill_slac(agent, utils)

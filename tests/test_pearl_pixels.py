@@ -21,6 +21,10 @@ CNN = ["cnn-test", "cnn", "cnn-rl"]
 FREE = ["ae", "critic"]
 
 
+def rng_of(seed):
+    return np.random.default_rng(seed)
+
+
 def make_agent(seed=0, action_dim=2, state_dim=5, **changes):
     """A small agent of images 12 x 12 and states of five numbers."""
     small = {"device": "cpu", "image_size": 12, "filters": 4, "conv_strides": (2, 2),
@@ -38,7 +42,7 @@ def make_agent(seed=0, action_dim=2, state_dim=5, **changes):
 
 def fill(agent, tasks=2, trajectories=3, seed=0, state_dim=5):
     """Trajectories of ten steps of noise for each task; of the last one no context is made."""
-    rng, steps = np.random.default_rng(seed), agent.args.trajectory_steps
+    rng, steps = rng_of(seed), agent.args.trajectory_steps
     state_mode = agent.args.obs_mode == "state"
     spec = script.EnvSpec((state_dim,) if state_mode else (3, 12, 12),
                           torch.float32 if state_mode else torch.uint8, 2, state_dim)
@@ -59,7 +63,7 @@ def fill(agent, tasks=2, trajectories=3, seed=0, state_dim=5):
 
 
 def make_batch(agent, seed=0):
-    return agent.sample(fill(agent), np.random.default_rng(seed))
+    return agent.sample(fill(agent), rng_of(seed))
 
 
 # ---- posterior ---------------------------------------------------------------------------------
@@ -192,7 +196,7 @@ def test_who_gets_gradients():
 @pytest.mark.parametrize("critic", ["v", "q"])
 def test_each_optimizer_moves_its_own(mode, critic):
     agent, steps = make_agent(obs_mode=mode, critic=critic), {}
-    agent.prepare(fill(agent), np.random.default_rng(0))
+    agent.prepare(fill(agent))
     for name, optimizer in agent.optimizers.items():
         step = optimizer.step
 
@@ -279,7 +283,7 @@ def test_transitions_of_a_task(mode):
     image; next_obs of a row is obs of the next; the state belongs to the image."""
     agent = make_agent(obs_mode=mode, meta_batch=40)
     buffer = fill(agent)
-    batch = agent.sample(buffer, np.random.default_rng(0))
+    batch = agent.sample(buffer, rng_of(0))
     reward = batch["transitions"]["reward"][..., 0]  # is the task's number
     assert (reward == reward[:, :1]).all() and set(reward[:, 0].tolist()) == {0.0, 1.0}
     assert torch.equal(batch["context"]["reward"][:, 0, 0], reward[:, 0])
@@ -312,34 +316,77 @@ def tiny_args(**changes):
         "latent_dim": 2, "render": "fast", "context_size": 8, **changes})
 
 
-def test_collecting_fills_the_tasks_own_lists():
-    args = tiny_args()
+def ready(thetas=(-1.5,), **changes):
+    """An environment, an agent, and a buffer that is empty but for the lists of the tasks."""
+    args = tiny_args(**changes)
     env = script.make_env(args, 0)
-    agent, rng = script.Agent(args, env.spec), np.random.default_rng(0)
-    buffer = script.TaskBuffer(1000, env.spec, "cpu", 10)
-    rl, enc = [[], []], [[], []]
-    buffer.watch([-1.5, 1.5], rl, enc, 2)
+    agent = script.Agent(args, env.spec)
+    buffer = script.TaskBuffer(1000, env.spec, "cpu", args.trajectory_steps)
+    buffer.watch(list(thetas), [[] for _ in thetas], [[] for _ in thetas], args.latent_dim)
+    return env, agent, buffer
+
+
+def collect(env, agent, buffer, jobs):
+    """The trajectories' returns."""
+    rng = rng_of(0)
+    return [script.collect(agent, env, buffer, job, rng) for job in jobs]
+
+
+def prior(task=0, begins=False):
+    return task, begins, False, True
+
+
+def extra(task=0, inferred=True):
+    return task, False, inferred, False
+
+
+def test_the_trajectories_of_an_iteration():
+    """Per visit: the prior's; the posterior's, for the context too; and extra ones, for RL alone.
+    The first of either kind is the prior's still. Tasks come with replacement."""
+    args = tiny_args(tasks_per_iteration=3)
     assert script.trajectories(args) == [3, 2, 1, 3]
-    script.collect(agent, env, buffer, 0, 3, False, True, rng)
-    assert (list(map(len, rl)), list(map(len, enc))) == ([3, 0], [3, 0])
-    script.collect(agent, env, buffer, 1, 2, False, True, rng)
-    script.collect(agent, env, buffer, 1, 3, True, False, rng)
-    assert (list(map(len, rl)), list(map(len, enc))) == ([3, 5], [3, 2])
-    assert buffer.row == 8 * 11 and rl[1] == [33, 44, 55, 66, 77]
-    assert all(buffer.start[row] == row for starts in rl for row in starts)
+    jobs = script.visits(args, rng_of(0), 2)
+    for i, visit in enumerate((jobs[:6], jobs[6:12], jobs[12:])):
+        assert [job[1:] for job in visit] == [
+            (True, False, True), (False, False, True), (False, False, True),
+            (False, False, False), (False, True, False), (False, True, False)], i
+        assert len({task for task, *_ in visit}) == 1
+    rng = rng_of(0)
+    drawn = [script.visits(args, rng, 2)[::6] for _ in range(200)]
+    assert np.mean([job[0] for visits in drawn for job in visits]) == pytest.approx(0.5, abs=0.06)
+    assert any(len({task for task, *_ in visits}) == 1 for visits in drawn)
+    kinds = [job[1:] for job in script.visits(tiny_args(posterior_steps=30), rng_of(0), 1)[:6]]
+    assert kinds[2:5] == [(False, False, True), (False, True, True), (False, True, True)]
 
 
-def test_posterior_collection_begins_with_the_prior(monkeypatch):
-    args = tiny_args()
-    env = script.make_env(args, 0)
-    agent, calls = script.Agent(args, env.spec), []
-    buffer = script.TaskBuffer(1000, env.spec, "cpu", 10)
-    buffer.watch([-1.5], [[]], [[]], 2)
-    script.collect(agent, env, buffer, 0, 1, False, True, np.random.default_rng(0))
-    posterior = agent.posterior
-    monkeypatch.setattr(agent, "posterior", lambda c: (calls.append(buffer.row), posterior(c))[1])
-    script.collect(agent, env, buffer, 0, 3, True, False, np.random.default_rng(0))
-    assert calls == [22, 33]  # before the second and the third trajectory, not the first
+def test_collecting_fills_the_tasks_own_lists():
+    env, agent, buffer = ready((-1.5, 1.5))
+    collect(env, agent, buffer, [prior(0)] * 3)
+    assert (list(map(len, buffer.rl)), list(map(len, buffer.enc))) == ([3, 0], [3, 0])
+    collect(env, agent, buffer, [prior(1)] * 2 + [extra(1)] * 3)
+    assert (list(map(len, buffer.rl)), list(map(len, buffer.enc))) == ([3, 5], [3, 2])
+    assert buffer.row == 8 * 11 and buffer.rl[1] == [33, 44, 55, 66, 77]
+    assert all(buffer.start[row] == row for starts in buffer.rl for row in starts)
+    collect(env, agent, buffer, [prior(1, begins=True)])  # a new visit: of the context only this
+    assert (buffer.enc, list(map(len, buffer.rl))) == ([[0, 11, 22], [88]], [3, 6])
+
+
+def test_a_trajectory_is_played_for_its_task_and_by_its_z(monkeypatch):
+    """The return is the task's; z comes from the prior, or from the posterior of the context list
+    alone, and is one for the whole trajectory."""
+    env, agent, buffer = ready((-1.5, 1.5))
+    one, two = (collect(*ready((theta,)), [prior()])[0] for theta in (-1.5, 1.5))
+    assert one != two
+    collect(env, agent, buffer, [prior(), extra(inferred=False)])
+    buffer.columns["reward"][11:22] = 99.0  # not for the context
+    seen, zs, act = [], [], agent.act
+    monkeypatch.setattr(agent, "posterior", lambda c: (
+        seen.append(c["reward"]), (torch.full((1, 2), 7.0), torch.zeros(1, 2)))[1])
+    monkeypatch.setattr(agent, "act", lambda step, carry, explore: (
+        zs.append((carry["z"][0, 0].item(), explore)), act(step, carry, explore))[1])
+    collect(env, agent, buffer, [prior(), extra()])
+    assert len(seen) == 1 and (seen[0] < 2).all() and seen[0].shape == (1, 8, 1)
+    assert len(set(zs[:10])) == 1 and zs[0] != (7.0, True) and zs[11:21] == [(7.0, True)] * 10
 
 
 # ---- families ----------------------------------------------------------------------------------
@@ -382,7 +429,7 @@ REWARDS = {  # from qpos before and after a step of dt seconds, and the action
 def test_families(env_id):
     """Trajectory length, no terminal, reward from qpos; nothing that is seen tells theta, and only
     families of dynamics move otherwise."""
-    rng = np.random.default_rng(0)
+    rng = rng_of(0)
     size = script.HORIZON[env_id], family_env(env_id).spec.action_dim
     tape = np.float32(rng.uniform(-1, 1, size))
     runs, first = [], script.split(script.Args(env_id=env_id))[0][0]
@@ -457,6 +504,22 @@ def test_the_floor_is_drawn_far_behind_the_start(env_id):
     assert right < 1 and wrong > 2 * right + 1
 
 
+@pytest.mark.parametrize("env_id", ["reacher-goal", "point-goal"])
+@pytest.mark.parametrize("render", ["fast", "exact"])
+def test_targets_are_hidden_in_both_renders(env_id, render):
+    """And it is hiding that makes the images equal."""
+    images = []
+    for theta, hidden in zip(script.split(script.Args(env_id=env_id))[0][:2] * 2,
+                             (True, True, False, False), strict=True):
+        env = script.PixelEnv(env_id, 0, 1, 64, render)
+        env.env.task.theta = theta
+        env.reset()
+        if not hidden:
+            env.env.physics.named.model.geom_rgba["target", 3] = 1
+        images.append(env.render(64).copy())
+    assert np.array_equal(images[0], images[1]) and not np.array_equal(images[2], images[3])
+
+
 def test_splits_are_disjoint_and_do_not_depend_on_the_seed():
     args = script.Args(seed=1)
     np.random.seed(5)
@@ -516,7 +579,7 @@ def test_end_to_end_modes_never_see_the_state(mode):
     agent = make_agent(obs_mode=mode)
     buffer = fill(agent)
     buffer.columns["state"].fill_(math.nan)
-    metrics = agent.update(agent.sample(buffer, np.random.default_rng(0)))
+    metrics = agent.update(agent.sample(buffer, rng_of(0)))
     assert all(value.isfinite() for value in metrics.values())
     step = script.Step(np.full((3, 12, 12), 9, np.uint8), np.full(5, np.nan, np.float32), None, 0.0,
                        1.0, True, False)
@@ -528,7 +591,7 @@ def test_standardisation_is_the_initial_pools():
     agent = make_agent(obs_mode="cnn")
     buffer = fill(agent)
     buffer.columns["state"].mul_(3).add_(7)
-    agent.prepare(buffer, np.random.default_rng(0))
+    agent.prepare(buffer)
     out = agent.standardise(buffer.columns["state"])
     torch.testing.assert_close(out.mean(0), torch.zeros(5), rtol=0, atol=1e-5)
     torch.testing.assert_close(out.std(0), torch.ones(5))
@@ -550,10 +613,7 @@ def test_acting_sees_what_training_sees():
 
 def test_evaluation_is_algorithm_2(monkeypatch):
     """Trajectory k is played with z from all k trajectories before, starting anew per episode."""
-    args = tiny_args(eval_episodes=2, context_trajectories=2)
-    env = script.make_env(args, 0)
-    agent, sizes, zs = script.Agent(args, env.spec), [], []
-    total = []
+    (env, agent, _), sizes, zs, total = ready(eval_episodes=2, context_trajectories=2), [], [], []
 
     def infer(x, a, r, n):
         sizes.append((x.shape[1], a.shape[1], r.shape[1]))
@@ -564,13 +624,15 @@ def test_evaluation_is_algorithm_2(monkeypatch):
         return torch.full((1, 2), float(x.shape[1])), torch.zeros(1, 2)
 
     monkeypatch.setattr(agent, "infer", infer)
-    act = agent.act
-    monkeypatch.setattr(agent, "act", lambda s, c, explore: (zs.append(c["z"][0, 0].item()),
-                                                             act(s, c, explore))[1])
-    before = torch.get_rng_state()
-    monkeypatch.setattr(agent, "act", lambda s, c, explore: (  # by the mean action
-        zs.append(c["z"][0, 0].item()), act(s, c, explore or 1 / 0 if explore else False))[1])
-    returns, means = script.evaluate(agent, env, [-1.5, 1.5], False)
+    act, before = agent.act, torch.get_rng_state()
+
+    def spy(step, carry, explore):
+        assert not explore
+        zs.append(carry["z"][0, 0].item())
+        return act(step, carry, explore)
+
+    monkeypatch.setattr(agent, "act", spy)
+    returns, means, (x, states) = script.evaluate(agent, env, [-1.5, 1.5], False)
     assert torch.equal(before, torch.get_rng_state())
     assert returns.shape == (2, 2, 3) and means.shape == (2, 2, 2)
     assert sizes == [(n, n, n) for n in (10, 20, 30)] * 4
@@ -578,12 +640,13 @@ def test_evaluation_is_algorithm_2(monkeypatch):
     z = np.array(zs).reshape(4, 3, 11)  # and what is seen at the end
     assert (z[:, 1] == 10).all() and (z[:, 2] == 20).all()
     assert (z[:, 0] == z[:, 0, :1]).all() and len(set(z[:, 0, 0])) == 4  # prior, one z each
-    again, _ = script.evaluate(agent, env, [-1.5, 1.5], False)
+    assert x.shape == states.shape == (2 * 2 * 3 * 11, 3) and torch.equal(x, states)
+    again, *_ = script.evaluate(agent, env, [-1.5, 1.5], False)
     assert np.array_equal(returns, again)
 
 
 def test_interval_and_report():
-    rng = np.random.default_rng(0)
+    rng = rng_of(0)
     returns = rng.normal(3.0, 1.0, (400, 1, 3)) + np.array([0.0, 0.0, 5.0])
     mean, low, high = script.interval(returns.mean(1))
     assert np.allclose(mean, returns.mean((0, 1)))
@@ -600,6 +663,81 @@ def test_interval_and_report():
     two = returns[:20].reshape(2, 10, 3)  # two tasks are all there are: episodes count
     assert script.score(two)["gain"][1] == pytest.approx(
         (two[..., 2] - two[..., 0]).std(ddof=1) / 20**0.5)
+
+
+def test_scatter():
+    """Blue to red by group; y upwards; with a limit, one scale and the diagonal."""
+    picture = script.scatter([[[0.0, 0.0]], [[1.0, 3.0]], [[2.0, 1.5]]], dot=1, size=11)
+    places = {(0, 10): (0, 60, 255), (5, 0): (127, 60, 127), (10, 5): (255, 60, 0)}
+    for (x, row), colour in places.items():
+        assert tuple(picture[row, x]) == colour
+    assert (picture != 255).any(-1).sum() == 3
+    picture = script.scatter([[[1.0, -1.0], [9.0, -9.0]]], limit=2, dot=1, size=11)
+    assert tuple(picture[8, 7]) == tuple(picture[10, 10]) == (0, 60, 255)
+    grey = np.argwhere((picture == 200).all(-1))
+    assert len(grey) == 11 and (grey.sum(1) == 10).all()
+    assert script.scatter(np.zeros((2, 3, 1))).shape == (200, 200, 3)  # one number: y is 0
+
+
+def test_what_the_cnn_modes_report(tmp_path):
+    """The CNN's error on what the evaluation met; design 3: norms of both gradients in x."""
+    _, saved = train(script, tmp_path, obs_mode="cnn-rl", cnn_pretrain_updates=2)
+    rows = saved["progress"]["rows"]
+    assert all(row["stat/x_grad_q"] > 0 and row["stat/x_grad_cnn"] > 0 for row in rows)
+    assert rows[-1]["eval/cnn_error"] > 0
+    assert {p.stem for p in (tmp_path / "images").iterdir()} >= {"000000350_estimates"}
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+def test_norms_of_the_two_gradients_in_x(weight, monkeypatch):
+    agent, seen = make_agent(obs_mode="cnn-rl", rl_weight=weight), {}
+    batch, see, q_loss = make_batch(agent), agent.see, agent.q_loss
+
+    def keep(*inputs, **options):
+        x = see(*inputs, **options)
+        if x.requires_grad:
+            x.register_hook(lambda g: seen.update(total=g.clone()))
+            seen["x"] = x
+        return x
+
+    monkeypatch.setattr(agent, "see", keep)
+    monkeypatch.setattr(agent, "q_loss", lambda x, *others: seen.setdefault(
+        "q", (q_loss(x, *others), x))[0])
+    monkeypatch.setattr(script, "minimize", lambda loss, *_: (
+        seen.update(dq=torch.autograd.grad(seen["q"][0], seen["q"][1], retain_graph=True)[0]),
+        loss.backward()) if "dq" not in seen else None)
+    metrics = agent.update(batch)
+    state = agent.standardise(batch["transitions"]["state"].flatten(0, 1))
+    dcnn = 2 * (seen["x"].detach() - state) / state.numel()
+    torch.testing.assert_close(metrics["stat/x_grad_cnn"], dcnn.norm())
+    torch.testing.assert_close(metrics["stat/x_grad_q"], weight * seen["dq"].norm())
+    torch.testing.assert_close(seen["total"], dcnn + weight * seen["dq"])
+
+
+@pytest.mark.slow
+def test_three_frames_show_velocities_and_one_does_not():
+    """The CNN's squared error in units of the variance, on cheetah's trajectories it never saw."""
+    errors = {}
+    for stack in (1, 3):
+        torch.manual_seed(0)
+        env, agent, buffer = ready(
+            (1.0,), env_id="cheetah-vel", obs_mode="cnn", frame_stack=stack, image_size=48,
+            trajectory_steps=200, meta_batch=1, batch_size=64, cnn_lr=1e-3)
+        buffer = script.TaskBuffer(2412, env.spec, "cpu", 200)
+        buffer.watch([1.0], [[]], [[]], 2)
+        collect(env, agent, buffer, [prior()] * 12)
+        buffer.rl, rng = [buffer.enc[0][:10]], rng_of(0)
+        agent.prepare(buffer)
+        for _ in range(600):
+            agent.fit(buffer, rng)
+        rows = np.array([[row + t for row in buffer.enc[0][10:] for t in range(200)]])
+        held_out = buffer.at(rows, stack)
+        with torch.no_grad():
+            x = agent.cnn(script.preprocess(held_out["obs"][0]))
+        truth = agent.standardise(held_out["state"][0])
+        errors[stack] = (x - truth).square().mean(0) / truth.var(0)
+    assert errors[3][:8].mean() < 0.25 and errors[1][:8].mean() < 0.25, errors  # joints
+    assert errors[3][8:].mean() < errors[1][8:].mean() - 0.3, errors  # velocities
 
 
 # ---- learning ----------------------------------------------------------------------------------
@@ -632,22 +770,20 @@ def test_two_directions_are_told_apart_in_seconds():
     torch.manual_seed(0)
     args = tiny_args(trajectory_steps=10, gamma=0.9, latent_dim=2, hidden_dim=64, context_dim=64,
                      lr=1e-3, tau=0.01, meta_batch=8, batch_size=64, context_size=64,
-                     kl_lambda=0.01, eval_episodes=20, context_trajectories=2)
-    env, rng = Line(), np.random.default_rng(0)
+                     kl_lambda=0.01, eval_episodes=20, context_trajectories=2, prior_steps=100,
+                     posterior_steps=0, extra_steps=100, tasks_per_iteration=5)
+    env, rng = Line(), rng_of(0)
     agent = script.Agent(args, env.spec)
     buffer = script.TaskBuffer(20_000, env.spec, "cpu", 10)
     buffer.watch([-1.0, 1.0], [[], []], [[], []], 2)
-    for task in (0, 1):
-        script.collect(agent, env, buffer, task, 20, False, True, rng)
+    for job in [prior(0)] * 20 + [prior(1)] * 20:
+        script.collect(agent, env, buffer, job, rng)
     for _ in range(8):
-        for _ in range(5):
-            task = int(rng.integers(2))
-            buffer.enc[task].clear()
-            script.collect(agent, env, buffer, task, 10, False, True, rng)
-            script.collect(agent, env, buffer, task, 10, True, False, rng)
+        for job in script.visits(args, rng, 2):
+            script.collect(agent, env, buffer, job, rng)
         for _ in range(50):
             agent.update(agent.sample(buffer, rng))
-    returns, _ = script.evaluate(agent, env, [-1.0, 1.0], False)
+    returns, *_ = script.evaluate(agent, env, [-1.0, 1.0], False)
     mean = returns.mean((0, 1))
     assert mean[2] > 5 and mean[2] - mean[0] > 3, mean
 
@@ -702,17 +838,42 @@ def test_every_mode_runs(mode, tmp_path):
     assert ("000000150_reconstruction" in images) == (mode == "ae")
 
 
-@pytest.mark.parametrize("after", [1, 8, 20])
-def test_stopped_anywhere_and_resumed_is_the_same_run(tmp_path, after):
-    """From the start of the iteration in which the signal came."""
-    one = train(script, tmp_path / "one")[1]
-    run_dir = tmp_path / "two"
-    train(script, run_dir, after)
-    payload = script.read_checkpoint(run_dir, "resume", "cpu")
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Folder and last checkpoint of a run in this process, and how often it looked for a signal."""
+    run_dir, stop = tmp_path_factory.mktemp("undisturbed"), Stop()
+    script.train(conftest_tiny_args(script), run_dir, stop)
+    return run_dir, torch.load(run_dir / "checkpoint.pt", weights_only=True), stop.looks
+
+
+@pytest.mark.parametrize("part", [0.0, 0.1, 0.25, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.99])
+def test_stopped_anywhere_and_resumed_is_the_same_run(tmp_path, undisturbed, part):
+    """Between any two trajectories or updates, and in the middle of an evaluation."""
+    run_dir, one, looks = undisturbed
+    train(script, tmp_path, 1 + int(part * looks))
+    payload = script.read_checkpoint(tmp_path, "resume", "cpu")
     assert payload["progress"]["step"] < 350
-    two = train(script, run_dir, payload=payload)[1]
-    assert_same(one, two)
-    assert metrics(tmp_path / "one") == metrics(run_dir)
+    assert_same(one, train(script, tmp_path, payload=payload)[1])
+    assert metrics(run_dir) == metrics(tmp_path)
+
+
+@pytest.mark.parametrize("update", [2, 9, 15])
+def test_a_run_that_dies_goes_on_from_its_last_checkpoint(tmp_path, undisturbed, update):
+    """Within the iteration: a checkpoint comes after so many frames."""
+    with pytest.MonkeyPatch.context() as patch:
+        old = script.Agent.update
+        patch.setattr(script.Agent, "update", lambda self, batch: old(
+            self, batch if self.updates < update else None))
+        with pytest.raises(TypeError):
+            train(script, tmp_path, checkpoint_every_frames=50)
+    payload = script.read_checkpoint(tmp_path, "resume", "cpu")
+    progress = payload["progress"]
+    assert payload["updates"] < update and progress["updates"] and not progress["jobs"]
+    two = train(script, tmp_path, payload=payload)[1]
+    for one in (undisturbed[1], two):  # `saved` is where the checkpoints were
+        one["progress"]["saved"] = 0
+    assert_same(undisturbed[1], two)
+    assert metrics(undisturbed[0]) == metrics(tmp_path)
 
 
 def test_ctrl_c_and_resume(whole, tmp_path):
@@ -736,13 +897,9 @@ def test_nan_stops_the_run_and_spares_the_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(script.Agent, "update", lambda self, batch: {
         **update(self, batch), "loss/q": torch.tensor(math.nan)})
     with pytest.raises(SystemExit, match="loss/q is nan after"):
-        script.train(tiny(), tmp_path / "run", Stop(),
+        script.train(conftest_tiny_args(script), tmp_path / "run", Stop(),
                      script.read_checkpoint(tmp_path / "run", "resume", "cpu"))
     assert_same(before, script.read_checkpoint(tmp_path / "run", "resume", "cpu"))
-
-
-def tiny():
-    return conftest_tiny_args(script)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -767,7 +924,7 @@ def test_what_an_iteration_collects_and_evaluates(tmp_path, monkeypatch):
     assert visited
     for i in visited:  # two from the prior, then an extra one that is not for the context
         assert len(enc[i]) == 2 and rl[i][-3:] == [*enc[i], enc[i][-1] + 26]
-    test = script.split(tiny_from(**args))[1]
+    test = script.split(conftest_tiny_args(script, **args))[1]
     assert calls == [(test, False), (test, True)] * (len(calls) // 2) and calls
 
 
@@ -783,10 +940,6 @@ def test_nan_weights_stop_the_run(tmp_path, monkeypatch):
     monkeypatch.setattr(script.Agent, "update", poison)
     with pytest.raises(SystemExit, match="loss/q is nan after"):
         train(script, tmp_path / "run", eval_every_frames=10)
-
-
-def tiny_from(**changes):
-    return conftest_tiny_args(script, **changes)
 
 
 @pytest.mark.parametrize("mode", ["cnn", "cnn-rl", "critic", "ae"])
@@ -868,30 +1021,11 @@ def test_reconstruction_loss_by_hand(monkeypatch):
 
 
 def test_design_1_collects_by_the_true_state():
-    args = tiny_args(obs_mode="cnn-test", image_size=24, conv_strides=(2, 2), filters=4)
-    env = script.make_env(args, 0)
-    agent = script.Agent(args, env.spec)
+    env, agent, buffer = ready(obs_mode="cnn-test", image_size=24, conv_strides=(2, 2), filters=4)
     for p in agent.cnn.parameters():
         p.data.fill_(math.nan)
-    buffer = script.TaskBuffer(100, env.spec, "cpu", 10)
-    buffer.watch([-1.5], [[]], [[]], 2)
-    script.collect(agent, env, buffer, 0, 2, True, True, np.random.default_rng(0))
+    collect(env, agent, buffer, [prior(), extra()])
     assert buffer.columns["action"][:22].isfinite().all()
-
-
-def test_collecting_infers_from_the_context_list_alone(monkeypatch):
-    args = tiny_args()
-    env = script.make_env(args, 0)
-    agent, seen = script.Agent(args, env.spec), []
-    buffer = script.TaskBuffer(100, env.spec, "cpu", 10)
-    buffer.watch([-1.5], [[]], [[]], 2)
-    script.collect(agent, env, buffer, 0, 1, False, True, np.random.default_rng(0))
-    script.collect(agent, env, buffer, 0, 1, False, False, np.random.default_rng(0))
-    buffer.columns["reward"][11:22] = 99.0  # not for the context
-    posterior = agent.posterior
-    monkeypatch.setattr(agent, "posterior", lambda c: (seen.append(c["reward"]), posterior(c))[1])
-    script.collect(agent, env, buffer, 0, 2, True, False, np.random.default_rng(0))
-    assert len(seen) == 1 and (seen[0] < 2).all()
 
 
 CHEETAH_DIR = (
