@@ -1,11 +1,33 @@
-"""The experiments of the papers and studies behind the scripts, by name, as command lines.
+"""The experiments of the papers and studies behind the scripts, by name.
 
-    python benchmark/studies.py                        # names of the studies
-    python benchmark/studies.py dreamerv2-efficiency   # the commands of one
+    python benchmark/studies.py                          names of the studies
+    python benchmark/studies.py gaara-figure-3           the commands of one
+    python benchmark/run.py --study gaara-figure-3 --seeds 1 2 3
+
+What a variant shows stands in README.md, in the tables of the scripts.
 """
 
 import sys
+from typing import NamedTuple
 
+
+class Variant(NamedTuple):
+    """One curve: a script on a task with flags, and the published curve beside it, if any (its
+    column `algorithm` in published/*.csv)."""
+
+    script: str
+    env_id: str
+    flags: str = ""
+    published: str = ""
+
+
+TASKS = "cheetah-run", "walker-walk", "finger-spin", "ball_in_cup-catch"
+CURVES = {"sac_ae": "SAC+AE", "sac_gaara": "SAC+GAARA (anneal to 0.5)",
+          "slac": "SLAC (decoder variance 0.1)", "dreamerv2": "DreamerV2"}  # fmt: skip
+LENGTH = "--action-repeat 4 --total-frames 1_440_000"  # of the report's runs
+BASELINE = "--contrast none --image-size 84 --replay-capacity 100000"  # its SAC+AE
+FINAL, REPORT = "SAC+GAARA (anneal to 0.5)", "SAC+AE (GAARA report baseline)"
+DREAMER = "--total-frames 250000"
 # What Bednarz's study puts together, and DreamerV2 can do without. The sizes are the studies' own
 # where they have one; how far resets are apart and the weights of the losses are ours.
 EFFICIENCY = {
@@ -23,29 +45,102 @@ def without(parts, name):
     return " ".join(flags for part, flags in parts.items() if part != name)
 
 
-STUDIES = {  # name: (script, flags of every run, {variant: its flags})
-    "dreamerv2-replay-ratio": ("dreamerv2", "--env-id cheetah-run --total-frames 250000", {
+def each(script, env_id, flags, common=""):
+    """{label: Variant} of {label: its flags} and flags that all of them have."""
+    return {k: Variant(script, env_id, f"{common} {v}".strip()) for k, v in flags.items()}
+
+
+def gaara(env_id, curves):
+    """Variants of {label: (its flags, published curve)} at the report's length."""
+    return {label: Variant("sac_gaara", env_id, f"{flags} {LENGTH}".strip(), published)
+            for label, (flags, published) in curves.items()}  # fmt: skip
+
+
+STUDIES = {
+    "curves": {f"{script} {env_id}": Variant(script, env_id, "", published)
+               for env_id in TASKS for script, published in CURVES.items()},
+    "sac-ae-alternation": each("sac_ae", "cheetah-run", {
+        "SAC+AE": "",
+        **{f"alternating, every {n}": f"--freeze-encoder --decoder-every-updates {n}"
+           for n in (1, 10, 100, 1000)},
+        **{f"joint, every {n}": f"--decoder-every-updates {n}" for n in (10, 100, 1000)},
+        "random features": "--freeze-encoder --reconstruction none",
+        "no reconstruction": "--reconstruction none",
+    }),
+    "sac-ae-vae": each("sac_ae", "cheetah-run", {
+        "SAC+AE": "",
+        **{f"beta {beta}": f"--reconstruction vae --kl-weight {beta / 31752:.3g} --latent-weight 0"
+           for beta in (0.01, 0.1, 1)},  # 31752 = 84 * 84 * 9 / 2, as the loss is a mean over them
+        "actor gradient": "--reconstruction vae --latent-weight 0 --actor-trains-encoder",
+    }),
+    "gaara-figure-3": gaara("cheetah-run", {
+        "SAC+AE": (BASELINE, REPORT), "annealed to 0.5": ("", FINAL),
+        "annealed to 0.2": ("--contrast-floor 0.2", "SAC+GAARA (anneal to 0.2)"),
+        "annealed to 0.06": ("--contrast-floor 0.06 --replay-capacity 100000",
+                             "SAC+GAARA (anneal to 0.06)"),
+        "not annealed": ("--contrast-floor 1", "SAC+GAARA (no annealing)"),
+    }),
+    **{f"gaara-figure-{figure}": gaara(env_id, {"SAC+AE": (BASELINE, REPORT), "final": ("", FINAL)})
+       for figure, env_id in ((4, "cheetah-run"), (5, "walker-walk"), (6, "finger-spin"))},
+    "gaara-figure-7": gaara("cheetah-run", {"release 1": (
+        "--obs-crop random --contrast-step joint --no-train-similarity --contrast-weight 2e-8 "
+        "--replay-capacity 100000", "SAC+GAARA release 1 (combined loss)")}),
+    "gaara-figure-8": gaara("cheetah-run", {"release 2": (
+        "--obs-crop random", "SAC+GAARA release 2 (random-crop anchors)")}),
+    "gaara-figure-9": gaara("cheetah-run", {"decoder as discriminator": (
+        "--contrast discriminator --contrast-floor 1", "SAC+GAARA decoder as discriminator")}),
+    "gaara-annealing": gaara("cheetah-run", {
+        "published": ("", FINAL), "not annealed": ("--contrast-floor 1", ""),
+        "learning rate": ("--anneal lr", ""),
+        "one joint loss": ("--contrast-step joint --contrast-weight 1e-3 --contrast-floor 0 "
+                           "--contrast-decay 2e-9", ""),
+    }),
+    "slac-a-model": each("slac", "cheetah-run", {
+        "fully stochastic": "", "partially stochastic": "--z2 deterministic",
+        "fully deterministic": "--z1 deterministic --z2 deterministic",
+        "VAE, two latents": "--no-temporal", "VAE, one latent": "--z2 none --no-temporal",
+        "filter, one latent": "--z2 none --updates-per-step 3",
+        "recurrent state": "--z2 recurrent",
+    }),
+    "slac-b-inputs": each("slac", "cheetah-run", {
+        "actor: history, critic: latent": "", "both: history": "--critic-input history",
+        "both: latent": "--actor-input latent",
+        "actor: latent, critic: history": "--actor-input latent --critic-input history",
+    }),
+    "slac-c-pretraining": each("slac", "cheetah-run", {
+        f"{n:,} updates": f"--pretrain-updates {n}" for n in (0, 10_000, 50_000, 100_000)}),
+    "slac-d-updates": each("slac", "cheetah-run", {
+        f"{n} per step": f"--updates-per-step {n}" for n in (1, 2, 3)}),
+    "dreamerv2-replay-ratio": each("dreamerv2", "cheetah-run", {
         **{f"{n} updates per step": f"--updates-per-step {n}" for n in (0.2, 0.5, 1, 2)},
         "model 1, behavior 0.2": "--updates-per-step 1 --behavior-every-updates 5",
         "model 0.2, behavior 1": "--updates-per-step 1 --model-every-updates 5",
-    }),
-    "dreamerv2-resets": ("dreamerv2", "--env-id cheetah-run --total-frames 250000 "
-                         "--updates-per-step 1 --reset-every-updates 10000", {
-        kind: f"--reset {kind}" for kind in ("none", "transition", "actor-critic", "all")}),
-    "dreamerv2-efficiency": ("dreamerv2", "--env-id cheetah-run --total-frames 250000", {
+    }, DREAMER),
+    "dreamerv2-resets": each("dreamerv2", "cheetah-run", {
+        kind: f"--reset {kind}" for kind in ("none", "transition", "actor-critic", "all")},
+        f"{DREAMER} --updates-per-step 1 --reset-every-updates 10000"),
+    "dreamerv2-augmentations": each("dreamerv2", "cheetah-run", {
+        "none": "", **{k: EFFICIENCY[k] for k in ("shift", "contrastive", "SPR", "masked")},
+    }, DREAMER),
+    "dreamerv2-efficiency": each("dreamerv2", "cheetah-run", {
         "none": "",
         "all": without(EFFICIENCY, None),
         **{f"all but {name}": without(EFFICIENCY, name) for name in EFFICIENCY},
         **{f"{name} alone": flags for name, flags in EFFICIENCY.items()},
+    }, DREAMER),
+    "pearl-designs": each("pearl_pixels", "cheetah-vel", {
+        "states": "--obs-mode state", "states, oracle": "--obs-mode state --oracle",
+        "design 1": "--obs-mode cnn-test", "design 2": "--obs-mode cnn",
+        "design 3": "--obs-mode cnn-rl", "end to end": "--obs-mode critic",
+        "end to end, reconstruction": "--obs-mode ae",
     }),
 }  # fmt: skip
 
 
 def commands(study):
-    """{variant: command line} of a study."""
-    script, common, variants = STUDIES[study]
-    return {name: f"python {script}.py {common} {flags}".strip()
-            for name, flags in variants.items()}
+    """{label: command line} of a study."""
+    return {label: f"python {v.script}.py --env-id {v.env_id} {v.flags}".strip()
+            for label, v in STUDIES[study].items()}
 
 
 if __name__ == "__main__":
