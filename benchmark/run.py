@@ -38,7 +38,7 @@ import studies
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["sac_ae", "sac_gaara", "slac", "dreamerv2", "pearl_pixels"]
-EVERY_S = 10.0  # how often the table is made anew [s]
+EVERY_S = 30.0  # how often the table is made anew [s]
 
 
 class Job(NamedTuple):
@@ -84,7 +84,8 @@ def jobs_of(args):
         variants = studies.STUDIES[args.study]
     else:
         tasks = args.env_ids or [""]
-        variants = {f"{script} {task}".strip(): studies.Variant(script, task)
+        variants = {f"{script} {task}".strip(): studies.Variant(
+                        script, task, "", "" if args.flags else studies.CURVES.get(script, ""))
                     for script in args.scripts for task in tasks}  # fmt: skip
     jobs = []
     for label, variant in variants.items():
@@ -92,8 +93,8 @@ def jobs_of(args):
         flags = " ".join(filter(None, [task, variant.flags, shlex.join(args.flags)]))
         words = [args.study or "", label, shlex.join(args.flags)]
         name = "__".join(filter(None, (re.sub(r"[^\w.]+", "-", w).strip("-") for w in words)))
-        if len(name) > 120:
-            name = name[:110] + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+        if len(name) > 60:
+            name = name[:50] + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
         for seed in args.seeds:
             folder = Path(args.out).resolve() / name / f"seed{seed}"
             jobs.append(Job(variant.script, flags, seed, label, variant.published, folder))
@@ -191,31 +192,28 @@ def hardware():
     return ", ".join(filter(None, parts))
 
 
-def table(jobs, running, began, out=sys.stdout):
-    """One line per run: its state, frames, return, and the time that is left."""
-    lines, left, width = [], 0.0, max(len(str(job.folder.parent.name)) for job in jobs)
-    counts = dict.fromkeys(("finished", "running", "waiting", "failed"), 0)
+def table(jobs, running, began):
+    """Prints one line per run: its state, frames, return, and the time that is left."""
+    width, states, left = max(len(job.folder.parent.name) for job in jobs), [], 0.0
     for job in jobs:
         result, (row, total) = job.result(), job.progress()
-        state = ("running" if job in running else "finished" if "summary" in result else
-                 "failed" if result else "waiting")  # fmt: skip
-        counts[state] += 1
+        done = "finished" if "summary" in result else "failed" if result else "waiting"
+        states.append("running" if job in running else done)
+        parts = [f"{job.folder.parent.name:{width}}", f"seed {job.seed:<3}", f"{states[-1]:8}"]
         frames, wall = int(row.get("frames") or 0), float(row.get("time/wall_s") or 0)
-        rest = wall * (total / frames - 1) if frames and state in ("running", "waiting") else 0
-        left += rest
-        score = row.get("eval/return") or row.get("eval/return_2") or ""
-        lines.append(f"{job.folder.parent.name:{width}}  seed {job.seed:<3} {state:9}"
-                     f"{frames:>10,} / {total:,} frames" * bool(total)
-                     + f"  return {float(score):.1f}" * bool(score)
-                     + f"  {rest / 60:.0f} min left" * bool(rest)
-                     + f"  {result.get('failed', '')}")  # fmt: skip
-        if not total:
-            lines[-1] = (f"{job.folder.parent.name:{width}}  seed {job.seed:<3} {state:9}"
-                         f"  {result.get('failed', '')}")  # fmt: skip
-    states = ", ".join(f"{n} {state}" for state, n in counts.items() if n)
+        if frames:
+            parts.append(f"{frames:,} of {total:,} frames")
+        score = row.get("eval/return") or row.get("eval/return_2")
+        if score:
+            parts.append(f"return {float(score):.1f}")
+        if frames and job in running:
+            rest = wall * (total / frames - 1)
+            left += rest
+            parts.append(f"{rest / 60:.0f} min left")
+        print("  ".join([*parts, result.get("failed", "")]).rstrip())
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     spent = (time.monotonic() - began) / 60
-    lines.append(f"{states}; {spent:.0f} min so far, {left / 60:.0f} min of runs begun are left")
-    print("\n".join(line.rstrip() for line in lines) + "\n", file=out, flush=True)
+    print(f"{counts}; {spent:.0f} min so far, {left / 60:.0f} min left of what runs\n", flush=True)
 
 
 def run_local(jobs, args, show):
