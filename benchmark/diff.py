@@ -1,0 +1,84 @@
+"""Two scripts side by side: an HTML page with what differs and a few lines around it.
+
+    python benchmark/diff.py sac_ae slac                 writes benchmark/diffs/sac_ae-slac.html
+    python benchmark/diff.py                             all pairs that the README links
+"""
+
+import argparse
+import difflib
+import html
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAIRS = [("sac_ae", "sac_gaara"), ("sac_ae", "slac"), ("slac", "dreamerv2"),
+         ("sac_ae", "pearl_pixels")]  # fmt: skip
+PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{a} and {b}</title>
+<style>
+body {{ font: 16px/1.5 sans-serif; margin: 1em auto; max-width: 1900px; padding: 0 1em;
+        color: #1f2328; background: #fff; }}
+table {{ border-collapse: collapse; table-layout: fixed; width: 100%; }}
+td {{ font: 12px/1.45 monospace; vertical-align: top; white-space: pre-wrap;
+      overflow-wrap: anywhere; overflow: hidden; padding: 0 .5em; }}
+td.diff_header {{ color: #656d76; text-align: right; }}
+col.n {{ width: 3.4em; }}
+th {{ position: sticky; top: 0; background: #f6f8fa; text-align: left; padding: .4em .5em;
+      border-bottom: 1px solid #d0d7de; }}
+tbody {{ border-bottom: 1.2em solid #eaeef2; }}
+.diff_add {{ background: #aceebb; }} .diff_chg {{ background: #fff1a8; }}
+.diff_sub {{ background: #ffcecb; }}
+@media (max-width: 900px) {{ td {{ font-size: 9px; padding: 0 .2em; }}
+                             col.n {{ width: 1.9em; }} }}
+</style></head><body>
+<h1>{a} and {b}</h1>
+<p>{counts}. Green: only in {b}. Red: only in {a}. Yellow: changed within a line.</p>
+{table}
+</body></html>
+"""
+
+
+def counts(a, b):
+    """Numbers of added and removed lines and of hunks, as `diff -u` prints them."""
+    lines = list(difflib.unified_diff(a, b, lineterm=""))[2:]
+    return tuple(sum(line.startswith(sign) for line in lines) for sign in "+-@")
+
+
+def read(name):
+    """A script's lines."""
+    return (ROOT / f"{name}.py").read_text().splitlines()
+
+
+def page(a, b):
+    """The HTML page of two scripts, by their names without .py."""
+    one, two = read(a), read(b)
+    table = difflib.HtmlDiff().make_table(one, two, f"{a}.py", f"{b}.py", context=True, numlines=3)
+    table = re.sub(r' (nowrap="nowrap"|id="[^"]*"|rules="\w+"|cell\w+="\d"|frame="\w+")', "", table)
+    table = re.sub(r'<(t[dh]) class="diff_next">.*?</\1>', "", table).replace("&nbsp;", " ")
+    table = re.sub(r"<colgroup></colgroup>\s*", "", table)
+    table = table.replace("<thead>", '<col class="n"><col><col class="n"><col><thead>')
+    added, removed, hunks = counts(one, two)
+    text = f"{len(one)} and {len(two)} lines: {added} added, {removed} removed, in {hunks} hunks"
+    return PAGE.format(a=html.escape(f"{a}.py"), b=html.escape(f"{b}.py"), counts=text, table=table)
+
+
+def main():
+    names = sorted(path.stem for path in ROOT.glob("*.py"))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("pair", nargs="*", choices=[*names, []], metavar="SCRIPT")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmark" / "diffs")
+    args = parser.parse_args()
+    if len(args.pair) not in (0, 2):
+        parser.error("two scripts, or none for all pairs of the README")
+    args.out.mkdir(parents=True, exist_ok=True)
+    for a, b in [args.pair] if args.pair else PAIRS:
+        path = args.out / f"{a}-{b}.html"
+        path.write_text(page(a, b))
+        print(path, *counts(read(a), read(b)))
+
+
+if __name__ == "__main__":
+    main()

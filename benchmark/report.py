@@ -1,0 +1,330 @@
+"""Learning curves and tables of any number of runs, with every seed and every failure shown.
+
+    python benchmark/report.py benchmark/results/smoke             folders that run.py collected
+    python benchmark/report.py runs --out report                   or run folders, as scripts leave
+
+Writes report.md, curves.png and, for PEARL, adaptation.png to --out (the first folder). Thin lines
+are seeds; the thick one is their interquartile mean (with three seeds or fewer the mean) as far as
+all of them got, its band the 95 % bootstrap interval, stratified by task where there are several.
+Dashed: published, from benchmark/published. Dotted: the random policy (PEARL: without context).
+"""
+
+import argparse
+import csv
+import itertools
+import json
+import sys
+import textwrap
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import scipy.stats
+
+PUBLISHED = Path(__file__).resolve().parent / "published"
+ENOUGH = 5  # seeds; with fewer a difference between two curves is no finding
+COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
+NOT_THE_METHOD = {"seed", "runs_dir", "resume", "evaluate", "device", "track", "video", "smoke",
+                  "checkpoint_every_frames"}  # fmt: skip
+
+
+class Curve(NamedTuple):
+    """The runs of one command: {seed: value} each; a seed may be in `failed` and `rows`."""
+
+    label: str
+    env_id: str
+    published: str  # name of a published curve, or ""
+    rows: dict  # metrics.csv, a list of {column: float}
+    failed: dict  # why
+    random: dict  # the random policy's return
+    minutes: dict
+    hardware: str
+
+    def points(self, seed):
+        """Frames and returns (n,) of a seed's evaluations."""
+        pairs = [(row["frames"], row.get("eval/return", row.get("eval/return_2")))
+                 for row in self.rows[seed]]  # fmt: skip
+        pairs = [(x, y) for x, y in pairs if y is not None]
+        return np.array(pairs).reshape(-1, 2).T
+
+    def table(self):
+        """Frames (n,) that all seeds have passed, and their returns there (seeds, n), or None."""
+        curves = [self.points(seed) for seed in self.rows]
+        if not curves or not all(x.size for x, _ in curves):
+            return None
+        first, last = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
+        grid = np.unique(np.concatenate([x[(first <= x) & (x <= last)] for x, _ in curves]))
+        return (grid, np.array([np.interp(grid, x, y) for x, y in curves])) if grid.size else None
+
+
+def iqm(*samples, axis=-1):
+    """Interquartile mean over the values of all samples, along the last axis."""
+    return scipy.stats.trim_mean(np.concatenate(samples, axis=-1), 0.25, axis=axis)
+
+
+def interval(*samples):
+    """95 % interval of the IQM; each sample (..., n), a task's seeds, is drawn anew from itself."""
+    if min(sample.shape[-1] for sample in samples) < 2:
+        return np.full((2, *samples[0].shape[:-1]), np.nan)
+    result = scipy.stats.bootstrap(samples, iqm, axis=-1, vectorized=True, n_resamples=2000,
+                                   method="percentile", rng=np.random.default_rng(0))
+    return np.stack(result.confidence_interval)
+
+
+def read_rows(path):
+    """metrics.csv as a list of {column: number}; empty cells are left out."""
+    with open(path, newline="") as file:
+        return [{key: float(value) for key, value in row.items() if value}
+                for row in csv.DictReader(file)]  # fmt: skip
+
+
+def collected(folder):
+    """The Curve of a folder with meta.json and seedN.csv."""
+    meta = json.loads((folder / "meta.json").read_text())
+    runs = {run["seed"]: run for run in meta["runs"]}
+    paths = {seed: folder / f"seed{seed}.csv" for seed in runs}
+    rows = {seed: read_rows(path) for seed, path in paths.items() if path.exists()}
+    failed = {seed: run["failed"] for seed, run in runs.items() if "failed" in run}
+    failed |= {seed: "not finished" for seed, run in runs.items()
+               if seed not in failed and "frames" not in run}  # fmt: skip
+    random = {seed: run.get("return_by_context", [[run["random_return"]]])[0][0]
+              for seed, run in runs.items() if "random_return" in run}  # fmt: skip
+    task = meta["command"].partition("--env-id ")[2].partition(" ")[0]
+    task = next((run["env_id"] for run in runs.values() if "env_id" in run), task)
+    minutes = {seed: run["wall_s"] / 60 for seed, run in runs.items() if "wall_s" in run}
+    return Curve(meta.get("label", folder.name), task, meta.get("published", ""), rows, failed,
+                 random, minutes, meta["hardware"])  # fmt: skip
+
+
+def loose(folders):
+    """Curves of run folders as the scripts leave them, one per set of arguments but the seed; the
+    label names what differs between those of one script and task."""
+    groups = {}
+    for folder in folders:
+        args = json.loads((folder / "args.json").read_text())
+        script, seed = folder.name.split("__")[1], args["seed"]
+        args = {k: v for k, v in args.items() if k not in NOT_THE_METHOD}
+        key = script, args["env_id"], json.dumps(args)
+        groups.setdefault(key, {})[seed] = folder
+    curves = []
+    for (script, task, text), runs in groups.items():
+        args = json.loads(text)
+        others = [json.loads(t) for s, e, t in groups if (s, e) == (script, task)]
+        differs = [k for k in args if any(other.get(k) != args[k] for other in others)]
+        label = " ".join([script, *(f"{k}={args[k]}" for k in differs)])
+        rows = {s: read_rows(run / "metrics.csv") for s, run in runs.items()
+                if (run / "metrics.csv").exists()}  # fmt: skip
+        total = args["total_frames"] - args["action_repeat"]
+        failed = {s: "not finished" for s in runs
+                  if s not in rows or not rows[s] or rows[s][-1]["frames"] < total}  # fmt: skip
+        minutes = {s: r[-1]["time/wall_s"] / 60 for s, r in rows.items() if r}
+        curves.append(Curve(label, task, "", rows, failed, {}, minutes, ""))
+    return curves
+
+
+def load(folders):
+    """The Curves of everything below these folders."""
+    metas = sorted({path.parent for folder in folders for path in folder.rglob("meta.json")})
+    runs = sorted({path.parent for folder in folders for path in folder.rglob("args.json")
+                   if not any(meta in path.parents for meta in metas)})  # fmt: skip
+    return [collected(folder) for folder in metas] + loose(runs)
+
+
+def published(name, env_id):
+    """Frames, means and number of seeds of a published curve, or None."""
+    lines = [line for path in sorted(PUBLISHED.glob("*.csv"))
+             for line in csv.DictReader(path.read_text().splitlines())]  # fmt: skip
+    rows = [row for row in lines if (row["algorithm"], row["env_id"]) == (name, env_id)]
+    if not rows:
+        return None
+    x, y = (np.array([float(row[key]) for row in rows]) for key in ("frames", "mean"))
+    return x, y, rows[0]["n_seeds"]
+
+
+def number(low_high, value):
+    """A value with its interval, if there is one."""
+    low, high = low_high
+    return f"{value:.0f}" if np.isnan(low) else f"{value:.0f} ({low:.0f} to {high:.0f})"
+
+
+def summary_table(curves):
+    """Markdown: a row per curve, and a section of failures."""
+    columns = ["task", "curve", "seeds", "frames", "return at the end", "of each seed",
+               "mean over the run", "random policy", "published there", "minutes"]  # fmt: skip
+    lines = ["| " + " | ".join(columns) + " |", "| - " * len(columns) + "|"]
+    for c in curves:
+        seeds, ends = sorted(c.rows.keys() | c.failed.keys()), []
+        for seed in seeds:
+            y = c.points(seed)[1] if seed in c.rows else []
+            ends.append((f"{y[-1]:.0f}" if len(y) else "-") + " (failed)" * (seed in c.failed))
+        cells = [c.env_id, c.label, str(len(seeds)), "-", "-", ", ".join(ends), "-", "-", "-", "-"]
+        if c.table():
+            x, y = c.table()
+            area = np.trapezoid(y, x, axis=1) / (x[-1] - x[0]) if len(x) > 1 else y[:, 0]
+            cells[3] = f"{x[-1]:,.0f}"
+            cells[4], cells[6] = (number(interval(v), iqm(v)) for v in (y[:, -1], area))
+            reference = published(c.published, c.env_id)
+            if reference and reference[0][0] <= x[-1] <= reference[0][-1]:
+                cells[8] = f"{np.interp(x[-1], *reference[:2]):.0f}"
+        if c.random:
+            cells[7] = f"{np.mean(list(c.random.values())):.0f}"
+        if c.minutes:
+            cells[9] = f"{np.median(list(c.minutes.values())):.1f}"
+        lines.append("| " + " | ".join(cells) + " |")
+    for c in curves:
+        for seed, why in sorted(c.failed.items()):
+            lines.append(f"\nFailed: {c.label}, {c.env_id}, seed {seed}: {why}")
+    machines = sorted({c.hardware for c in curves} - {""})
+    return "\n".join([*lines, *(f"\nHardware: {machine}." for machine in machines)])
+
+
+def comparisons(curves):
+    """Markdown: for each pair of curves on a task, what the returns at the end show."""
+    lines = []
+    for a, b in itertools.combinations(curves, 2):
+        if a.env_id != b.env_id or not (a.table() and b.table()):
+            continue
+        (x, y), (u, v) = a.table(), b.table()
+        n, name = min(len(y), len(v)), f"{a.env_id}: {a.label} and {b.label}"
+        if n < ENOUGH:
+            lines.append(f"- {name}: {n} seeds are too few to compare; at least {ENOUGH}.")
+        elif x[-1] != u[-1]:
+            lines.append(f"- {name}: they end at {x[-1]:,.0f} and {u[-1]:,.0f} frames.")
+        else:
+            result = scipy.stats.bootstrap(
+                (y[:, -1], v[:, -1]), lambda p, q, axis: iqm(p, axis=axis) - iqm(q, axis=axis),
+                vectorized=True, n_resamples=2000, method="percentile",
+                rng=np.random.default_rng(0)).confidence_interval  # fmt: skip
+            low, high = result
+            shows = ("the first is better" if low > 0 else "the second is better" if high < 0
+                     else "no difference is shown")  # fmt: skip
+            lines.append(f"- {name}: difference {low:.0f} to {high:.0f}, {shows}.")
+    return "\n".join(lines)
+
+
+def over_tasks(curves):
+    """Markdown: the IQM of each label over all tasks and seeds, where it has several tasks."""
+    lines, groups = [], {}
+    for c in curves:
+        if c.table():
+            label = c.label.removesuffix(c.env_id).strip()
+            groups.setdefault(label, []).append(c.table()[1][:, -1])
+    for label, ends in groups.items():
+        if len(ends) > 1:
+            value = number(interval(*ends), iqm(*ends))
+            lines.append(f"- {label}, {len(ends)} tasks, {sum(map(len, ends))} runs: {value}")
+    return "\n".join(lines)
+
+
+def panels(tasks):
+    """A figure with titled axes for each task, two in a row, as wide as a README shows."""
+    from matplotlib.figure import Figure
+
+    columns, rows = min(len(tasks), 2), -(-len(tasks) // 2)
+    figure = Figure((5 * columns, 3.6 * rows), layout="constrained", dpi=100)
+    axes = [figure.add_subplot(rows, columns, i + 1) for i in range(len(tasks))]
+    for axis, task in zip(axes, tasks, strict=True):
+        axis.set(title=task, ylabel="return")
+        axis.grid(alpha=0.3)
+    return figure, axes
+
+
+def draw(curves, path):
+    """One panel per task."""
+    tasks = list(dict.fromkeys(c.env_id for c in curves))
+    figure, axes = panels(tasks)
+    for axis, task in zip(axes, tasks, strict=True):
+        here = [c for c in curves if c.env_id == task]
+        for c, colour in zip(here, itertools.cycle(COLOURS)):
+            drawn = c.table()
+            for seed in c.rows:
+                x, y = c.points(seed)
+                axis.plot(x, y, color=colour, lw=0.7, alpha=0.5)
+                if seed in c.failed and len(x):
+                    axis.plot(x[-1], y[-1], "x", color=colour, ms=9, mew=2)
+            label = f"{c.label} ({len(c.rows.keys() | c.failed.keys())} seeds" + (
+                f", {len(c.failed)} failed)" if c.failed else ")")
+            if drawn:
+                x, y = drawn
+                axis.plot(x, iqm(y.T), color=colour, lw=2.5, label=textwrap.fill(label, 38))
+                axis.fill_between(x, *interval(y.T), color=colour, alpha=0.15, lw=0)
+            else:
+                axis.plot([], [], color=colour, lw=2.5, label=textwrap.fill(label, 38))
+            reference = published(c.published, task)
+            if reference:
+                end = max([c.points(s)[0][-1] for s in c.rows if c.points(s).size], default=np.inf)
+                keep = reference[0] <= 1.05 * end
+                axis.plot(*(v[keep] for v in reference[:2]), color=colour, lw=1.5, ls="--",
+                          label=textwrap.fill(f"published: {c.published}, n = {reference[2]}", 38))
+        randoms = [value for c in here for value in c.random.values()]
+        if randoms:
+            rows = [row for c in here for run in c.rows.values() for row in run]
+            adapts = any("eval/return_0" in row for row in rows)
+            axis.axhline(np.mean(randoms), color="grey", lw=1.2, ls=":",
+                         label="without context" if adapts else "random policy")
+        axis.set(xlabel="frames", xlim=(0, None))
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1e3:g}k" if x < 1e6 else f"{x / 1e6:g}M")
+        axis.legend(fontsize=8)
+    figure.savefig(path)
+
+
+def adaptation(curves, path):
+    """PEARL's return by number of trajectories of context at the end of the runs, a panel per task;
+    dashed: the same agents with the true state in place of the CNN's estimate. True: drawn."""
+
+    def ends(c, prefix):
+        last = [[r for r in rows if f"{prefix}0" in r][-1:] for rows in c.rows.values()]
+        last = [row[0] for row in last if row]
+        ks = [k for k in range(20) if last and all(f"{prefix}{k}" in row for row in last)]
+        return np.array(ks), np.array([[row[f"{prefix}{k}"] for k in ks] for row in last])
+
+    curves = [c for c in curves if ends(c, "eval/return_")[0].size]
+    tasks = list(dict.fromkeys(c.env_id for c in curves))
+    if not tasks:
+        return False
+    figure, axes = panels(tasks)
+    for axis, task in zip(axes, tasks, strict=True):
+        for c, colour in zip([c for c in curves if c.env_id == task], itertools.cycle(COLOURS)):
+            for prefix, style, note in (("eval/return_", "-", ""),
+                                        ("eval/true_state_return_", "--", ", true state")):
+                ks, y = ends(c, prefix)
+                if ks.size:
+                    axis.plot(ks, y.T, color=colour, lw=0.7, alpha=0.5, ls=style)
+                    axis.plot(ks, iqm(y.T), "o" + style, color=colour, lw=2.5,
+                              label=textwrap.fill(f"{c.label}{note} ({len(y)} seeds)", 38))
+                    axis.fill_between(ks, *interval(y.T), color=colour, alpha=0.15, lw=0)
+        axis.set(xlabel="trajectories of context")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.legend(fontsize=8)
+    figure.savefig(path)
+    return True
+
+
+def report(curves):
+    """The text of report.md."""
+    parts = [summary_table(curves)]
+    for title, text in (("All tasks together", over_tasks(curves)),
+                        ("Comparisons", comparisons(curves))):
+        parts += [f"**{title}**", text] if text else []
+    return "\n\n".join(parts) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path)
+    parser.add_argument("--out", type=Path, help="where the report goes (the first folder)")
+    args = parser.parse_args()
+    curves, out = load(args.folders), args.out or args.folders[0]
+    if not curves:
+        sys.exit(f"error: no meta.json and no run folders in {', '.join(map(str, args.folders))}")
+    out.mkdir(parents=True, exist_ok=True)
+    draw(curves, out / "curves.png")
+    extra = "\n![Adaptation](adaptation.png)\n" * adaptation(curves, out / "adaptation.png")
+    text = report(curves)
+    (out / "report.md").write_text(f"![Learning curves](curves.png)\n{extra}\n{text}")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,431 @@
+"""The benchmark's tools: commands, resuming, failures, statistics, plots, pages."""
+
+import contextlib
+import csv
+import html
+import importlib
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import scipy.stats
+import tyro
+from conftest import ROOT, TINY
+from test_run import metrics
+
+sys.path.insert(0, str(ROOT / "benchmark"))
+import diff
+import report
+import studies
+
+FLAGS = TINY["sac_ae"].replace("--env-id cartpole-balance ", "")
+
+
+def bench(*words, **kwargs):
+    """A process of benchmark/run.py."""
+    command = [sys.executable, str(ROOT / "benchmark" / "run.py"), *map(str, words)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                            **kwargs)
+
+
+def words(out, *others, seeds=(1, 2), tasks=("cartpole-balance",), flags=FLAGS):
+    return ["--scripts", "sac_ae", "--env-ids", *tasks, "--seeds", *seeds, "--out", out, *others,
+            "--", *flags.split()]
+
+
+def one_folder(out, pattern="*"):
+    (folder,) = out.glob(pattern)
+    return folder
+
+
+# ---- studies -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", studies.STUDIES)
+def test_every_study_is_made_of_commands_that_the_scripts_take(name):
+    seen = set()
+    for variant in studies.STUDIES[name].values():
+        module = importlib.import_module(variant.script)
+        args = tyro.cli(module.Args, args=["--env-id", variant.env_id, *variant.flags.split()])
+        args.action_repeat = args.action_repeat or 2
+        module.check_algorithm(args)
+        seen.add((variant.script, str(args)))
+        missing = variant.published and not report.published(variant.published, variant.env_id)
+        assert not missing or (variant.script, variant.env_id) == ("sac_gaara", "ball_in_cup-catch")
+    assert len(seen) == len(studies.STUDIES[name])  # no two are the same
+
+
+@pytest.mark.parametrize(("section", "names"), [
+    ("SAC+AE", ["sac-ae-alternation", "sac-ae-vae"]),
+    ("SAC+GAARA", [f"gaara-figure-{i}" for i in range(3, 10)] + ["gaara-annealing"]),
+    ("SLAC", ["slac-a-model", "slac-b-inputs", "slac-c-pretraining", "slac-d-updates"])])
+def test_the_readmes_variants_with_a_published_figure_are_in_a_study(section, names):
+    """The flags of the tables' rows, in the order in which they stand there."""
+    text = (ROOT / "README.md").read_text().split(f"## {section}\n")[1].split("\n## ")[0]
+    known = " ".join(v.flags for name in names for v in studies.STUDIES[name].values())
+    rows = [row.split("|") for row in text.splitlines() if row.startswith("| ")]
+    rows = [row for row in rows if section == "SAC+AE" or re.search(r"figure|\d / \d", row[3])]
+    flags = [flag for row in rows for flag in row[2].split("`")[1::2]
+             if flag.startswith("--") and "variance" not in flag and "--obs state" not in flag]
+    assert len(flags) > 4
+    assert not [flag for flag in flags if flag not in known]
+
+
+def test_studies_print_commands():
+    command = [sys.executable, ROOT / "benchmark" / "studies.py"]
+    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert names == list(studies.STUDIES)
+    lines = subprocess.run([*command, "slac-a-model"], capture_output=True, text=True).stdout
+    assert "python slac.py --env-id cheetah-run --z2 deterministic  # partially stoch" in lines
+    wrong = subprocess.run([*command, "slac-z"], capture_output=True, text=True)
+    assert wrong.returncode == 1 and "error: no study slac-z" in wrong.stderr
+
+
+# ---- run ---------------------------------------------------------------------------------------
+
+
+def test_dry_run_prints_the_product(tmp_path):
+    process = bench("--scripts", "slac", "sac_ae", "--env-ids", "cheetah-run", "walker-walk",
+                    "--seeds", 3, 4, "--out", tmp_path, "--dry-run", "--", "--image-size", "48")
+    lines = process.communicate()[0].splitlines()
+    wanted = itertools.product(["slac", "sac_ae"], ["cheetah-run", "walker-walk"], [3, 4])
+    for line, (script, task, seed) in zip(lines, wanted, strict=True):
+        start = f"python {script}.py --env-id {task} --image-size 48 --seed {seed} --runs-dir "
+        assert line.startswith(start)
+        module = importlib.import_module(script)
+        tyro.cli(module.Args, args=shlex.split(line)[2:])
+    assert len({line.split("--runs-dir ")[1] for line in lines}) == 8
+    assert not list(tmp_path.iterdir())
+
+
+def test_slots_share_cores_and_gpus():
+    import run
+
+    cores = os.cpu_count()
+    envs = [run.environment(slot, 4, 0.5) for slot in range(4)]
+    assert [env["CUDA_VISIBLE_DEVICES"] for env in envs] == ["0", "0", "1", "1"]
+    assert {env["OMP_NUM_THREADS"] for env in envs} == {str(max(1, cores // 4))}
+    assert "CUDA_VISIBLE_DEVICES" not in run.environment(0, 1, 0)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Two seeds of one task that works, and one of a task that does not exist."""
+    out = tmp_path_factory.mktemp("finished")
+    process = bench(*words(out, "--workers", 2, tasks=("cartpole-balance", "cartpole-dance")))
+    output, errors = process.communicate(timeout=300)
+    return out, process.returncode, output, errors
+
+
+def test_a_failed_run_stops_no_other_and_the_exit_status_says_so(finished):
+    out, code, output, errors = finished
+    assert code == 1, errors
+    table = output.strip().split("\n\n")[-1].splitlines()
+    states = [line.split("seed ")[1].split()[1] for line in table[:-1]]
+    assert states == ["finished"] * 2 + ["failed"] * 2
+    assert table[0].split("  ")[-1].startswith("return ") and "4,000 of 4,000 frames" in table[0]
+    assert "exit status 2" in table[2] and "env-id" in table[2]
+    assert table[-1].startswith("2 finished, 2 failed")
+
+
+def test_what_is_collected(finished):
+    """meta.json and the rows of each seed; for those that failed, why."""
+    out = finished[0]
+    folder = one_folder(out, "*balance*")
+    meta = json.loads((folder / "meta.json").read_text())
+    assert [run["seed"] for run in meta["runs"]] == [1, 2]
+    assert all(run["frames"] == 4000 and run["wall_s"] > 0 for run in meta["runs"])
+    assert meta["command"].startswith("python sac_ae.py --env-id cartpole-balance --action-repeat")
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    assert meta["commit"].startswith(commit.stdout.strip() or "unknown")
+    assert len(meta["sha256 of sac_ae.py"]) == 64 and "cores" in meta["hardware"]
+    (run_dir,) = (folder / "seed1").glob("*__1__*")
+    assert (folder / "seed1.csv").read_bytes() == (run_dir / "metrics.csv").read_bytes()
+    runs = json.loads((one_folder(out, "*dance*") / "meta.json").read_text())["runs"]
+    assert all("exit status 2" in run["failed"] for run in runs)
+
+
+def test_the_same_command_again_skips_what_is_finished_and_tries_the_rest(finished):
+    out = finished[0]
+    results = sorted(out.glob("*balance*/*/result.json"))
+    before = [path.stat().st_mtime_ns for path in results]
+    command = words(out, "--dry-run", tasks=("cartpole-balance", "cartpole-dance"))
+    lines = bench(*command).communicate()[0].splitlines()
+    assert len(lines) == 2 and all("cartpole-dance" in line for line in lines)
+    process = bench(*words(out))
+    output, errors = process.communicate(timeout=100)
+    assert process.returncode == 0, errors
+    assert output.count("finished") == 3 and "running" not in output
+    assert before == [path.stat().st_mtime_ns for path in results]
+
+
+def wait_for_checkpoint(out, process, seconds=100):
+    until = time.monotonic() + seconds
+    while not list(out.glob("*/seed1/*/checkpoint.pt")):
+        assert process.poll() is None and time.monotonic() < until, process.communicate()
+        time.sleep(0.02)
+
+
+LONGER = FLAGS.replace("--total-frames 4000", "--total-frames 12000")
+
+
+def rows_of(out):
+    return metrics(one_folder(out, "*/seed1/*__1__*"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    assert bench(*words(out, seeds=[1], flags=LONGER)).wait(300) == 0
+    return rows_of(out)
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_all_runs_with_a_checkpoint_and_the_command_goes_on(
+        tmp_path, undisturbed, number):
+    command = words(tmp_path, seeds=[1], flags=LONGER)
+    process = bench(*command)
+    wait_for_checkpoint(tmp_path, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors, errors
+    assert not list(tmp_path.glob("*/*/result.json"))
+    line = bench(*command[: command.index("--")], "--dry-run", "--", *LONGER.split())
+    assert "--resume" in line.communicate()[0]
+    assert bench(*command).wait(200) == 0
+    assert rows_of(tmp_path) == undisturbed
+
+
+@linux
+def test_a_killed_run_is_resumed_by_the_next_command(tmp_path, undisturbed):
+    """And while it was away, no process of it went on."""
+    process = bench(*words(tmp_path, seeds=[1], flags=LONGER))
+    wait_for_checkpoint(tmp_path, process)
+    process.kill()
+    process.communicate()
+    run_dir = one_folder(tmp_path, "*/seed1/*__1__*")
+    time.sleep(0.5)
+    assert not any(str(run_dir.parent) in command for *_, command in processes())
+    assert bench(*words(tmp_path, seeds=[1], flags=LONGER)).wait(200) == 0
+    assert rows_of(tmp_path) == undisturbed
+
+
+def processes():
+    """(process number, its parent's, words of its command) of all (Linux)."""
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = re.search(r"PPid:\s+(\d+)", (path / "status").read_text())[1]
+            yield int(path.name), int(parent), (path / "cmdline").read_bytes().decode().split("\0")
+
+
+@linux
+def test_ray_tries_again_when_a_worker_is_killed(tmp_path, undisturbed):
+    """The killed worker's run dies with it, and another worker resumes it."""
+    pytest.importorskip("ray")
+    process = bench(*words(tmp_path, "--engine", "ray", seeds=[1], flags=LONGER))
+    wait_for_checkpoint(tmp_path, process)
+    folder = str(one_folder(tmp_path, "*/seed1"))
+    ((_, worker, _),) = [p for p in processes() if "sac_ae.py" in p[2] and folder in p[2]]
+    assert worker != process.pid
+    os.kill(worker, signal.SIGKILL)
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors
+    log = one_folder(tmp_path, "*/seed1/log.txt").read_text()
+    assert log.count("$ python") == 2 and "--resume" in log
+    assert rows_of(tmp_path) == undisturbed
+
+
+def test_a_run_that_died_before_its_first_checkpoint_begins_anew(finished, tmp_path):
+    folder = one_folder(finished[0], "*balance*")
+    shutil.copytree(folder, tmp_path / folder.name)
+    old = one_folder(tmp_path, "*/seed2/*__2__*")
+    for name in ("checkpoint.pt", "previous.pt"):
+        (old / name).unlink()
+    (old.parent / "result.json").unlink()
+    process = bench(*words(tmp_path))
+    assert process.wait(100) == 0
+    assert one_folder(tmp_path, "*/seed2/*__2__*") != old
+
+
+# ---- report ------------------------------------------------------------------------------------
+
+
+def write_group(folder, label, env_id, curves, failed=(), published="", random=5.0):
+    """A folder as run.py collects it, from {seed: returns at 1000, 2000, ... frames}."""
+    folder.mkdir(parents=True)
+    runs = []
+    for seed, values in curves.items():
+        with open(folder / f"seed{seed}.csv", "w") as file:
+            writer = csv.writer(file)
+            writer.writerow(["frames", "eval/return", "loss/critic"])
+            for i, value in enumerate(values):
+                writer.writerows([[1000 * i + 500, "", 1.0], [1000 * i + 1000, value, 1.0]])
+        frames = 1000 * len(values)
+        runs.append({"seed": seed, "failed": "exit status 1: out of memory"} if seed in failed else
+                    {"seed": seed, "frames": frames, "wall_s": 120.0, "random_return": random,
+                     "env_id": env_id})
+    meta = {"command": f"python x.py --env-id {env_id} --seed N", "label": label,
+            "published": published, "hardware": "a machine", "runs": runs}
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def test_iqm_and_its_interval():
+    """By hand; and the interval covers the true value as often as it says."""
+    assert report.iqm(np.array([1.0, 100.0, 2.0, 3.0, 4.0, 5.0, 6.0, -50.0])) == 3.5
+    assert report.iqm(np.array([1.0, 2.0, 6.0])) == 3.0
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(150):
+        low, high = report.interval(rng.normal(10.0, 3.0, 20))
+        hits += low < 10.0 < high
+    assert 0.88 < hits / 150 < 0.98
+    assert np.isnan(report.interval(np.array([3.0]))).all()  # one seed has no interval
+
+
+def test_the_interval_is_stratified_by_task():
+    """Tasks of 0 and of 100: drawn as a whole they would mix, each for itself they do not."""
+    rng = np.random.default_rng(0)
+    easy, hard = 100 + rng.normal(0, 1, 10), rng.normal(0, 1, 10)
+    low, high = report.interval(easy, hard)
+    drawn = [np.concatenate([rng.choice(easy, 10), rng.choice(hard, 10)]) for _ in range(4000)]
+    brute = scipy.stats.trim_mean(drawn, 0.25, axis=1)
+    np.testing.assert_allclose([low, high], np.percentile(brute, [2.5, 97.5]), atol=0.3)
+
+
+def test_failures_are_shown_and_end_the_mean(tmp_path):
+    """The mean goes as far as all seeds got; the failed one is named, with its last return."""
+    write_group(tmp_path / "a", "mine", "cheetah-run",
+                {1: [10, 20, 30, 40], 2: [20, 30], 3: [30, 40, 50, 60]}, failed=[2])
+    (curve,) = report.load([tmp_path])
+    x, y = curve.table()
+    assert x.tolist() == [1000, 2000] and y.tolist() == [[10, 20], [20, 30], [30, 40]]
+    text = report.report([curve])
+    assert "| cheetah-run | mine | 3 | 2,000 | 30 (20 to 40) | 40, 30 (failed), 60 |" in text
+    assert "Failed: mine, cheetah-run, seed 2: exit status 1: out of memory" in text
+    assert "| 5 | - | 2.0 |" in text and "Hardware: a machine." in text
+
+
+def test_a_seed_that_never_began_is_a_failure_too(tmp_path):
+    write_group(tmp_path / "a", "mine", "cheetah-run", {1: [10, 20]})
+    meta = json.loads((tmp_path / "a" / "meta.json").read_text())
+    meta["runs"].append({"seed": 7})
+    (tmp_path / "a" / "meta.json").write_text(json.dumps(meta))
+    text = report.report(report.load([tmp_path]))
+    assert "20, - (failed)" in text and "seed 7: not finished" in text
+
+
+def test_comparisons_need_five_seeds(tmp_path):
+    rng = np.random.default_rng(0)
+
+    def group(name, n, level):
+        write_group(tmp_path / name, name, "cheetah-run",
+                    {s: level + rng.normal(0, 5, 4) for s in range(n)})
+
+    group("few", 3, 300)
+    for name, level in (("low", 100), ("high", 200), ("also low", 100)):
+        group(name, 8, level)
+    lines = report.comparisons(report.load([tmp_path])).splitlines()
+    assert len(lines) == 6 and sum("3 seeds are too few" in line for line in lines) == 3
+    verdict = {line.split(": ")[1]: line.split(", ")[-1] for line in lines if "few" not in line}
+    assert verdict == {"also low and high": "the second is better.",
+                       "also low and low": "no difference is shown.",
+                       "high and low": "the first is better."}
+
+
+def test_area_tasks_and_the_published_value(tmp_path):
+    """Mean over the run by trapezoids; all tasks together; the published curve where we end."""
+    for task in ("cheetah-run", "walker-walk"):
+        write_group(tmp_path / task, f"sac_ae {task}", task, {1: [0, 10, 20], 2: [0, 10, 20]},
+                    published="SAC+AE")
+    curves = report.load([tmp_path])
+    assert curves[0].published == "SAC+AE" and report.published("SAC+AE", "cheetah-run")[2] == "10"
+    text = report.report(curves)
+    assert "20 (20 to 20) | 20, 20 | 10 (10 to 10)" in text
+    assert "- sac_ae, 2 tasks, 4 runs: 20 (20 to 20)" in text
+    x, y, _ = report.published("SAC+AE", "cheetah-run")
+    long = {1: np.linspace(0, 400, 500), 2: np.linspace(0, 400, 500)}
+    write_group(tmp_path / "long", "long", "cheetah-run", long, published="SAC+AE")
+    text = report.report(report.load([tmp_path / "long"]))
+    assert f"| {np.interp(500_000, x, y):.0f} | 2.0 |" in text
+
+
+def test_run_folders_are_read_as_the_scripts_leave_them(finished, tmp_path):
+    """Grouped by their arguments; the label says what differs; unfinished ones count as failed."""
+    for run_dir in finished[0].glob("*balance*/*/*__sac_ae__*"):
+        for tau in (0.01, 0.02):
+            copy = tmp_path / f"{run_dir.name}{tau}"
+            copy.mkdir()
+            shutil.copy(run_dir / "metrics.csv", copy)
+            args = json.loads((run_dir / "args.json").read_text()) | {"critic_tau": tau}
+            if tau == 0.02:
+                args["total_frames"] = 10**6
+            (copy / "args.json").write_text(json.dumps(args))
+    two, one = sorted(report.load([tmp_path]), key=lambda c: c.label)
+    assert one.label.startswith("sac_ae total_frames=4000 critic_tau=0.01")
+    assert sorted(one.rows) == [1, 2] and not one.failed and sorted(two.failed) == [1, 2]
+
+
+def test_the_command_writes_a_report_with_plots(finished, tmp_path):
+    """Opened: the panels are not empty and each curve's colour is there."""
+    command = [sys.executable, ROOT / "benchmark" / "report.py", finished[0],
+               ROOT / "benchmark" / "results" / "smoke", "--out", tmp_path]
+    process = subprocess.run(command, capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    text = (tmp_path / "report.md").read_text()
+    assert "cartpole-dance" in text and "exit status 2" in text and "pearl_pixels" in text
+    for name in ("curves", "adaptation"):
+        assert f"]({name}.png)" in text
+        picture = imageio.imread(tmp_path / f"{name}.png")[..., :3]
+        assert 400 <= picture.shape[1] <= 1100
+        colours = {tuple(c) for c in picture.reshape(-1, 3)}
+        assert (0, 114, 178) in colours  # the first curve
+    nothing = subprocess.run([*command[:2], tmp_path / "images"], capture_output=True, text=True)
+    assert nothing.returncode == 1 and "error: no meta.json" in nothing.stderr
+
+
+def test_the_smoke_report_is_that_of_the_recorded_runs():
+    """benchmark/results/smoke/report.md; `python benchmark/report.py benchmark/results/smoke`."""
+    folder = ROOT / "benchmark" / "results" / "smoke"
+    assert (folder / "report.md").read_text().endswith(report.report(report.load([folder])))
+
+
+# ---- diff --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("pair", diff.PAIRS)
+def test_the_readmes_diffs_are_todays(pair):
+    """Counts in benchmark/README.md and the page; `python benchmark/diff.py` makes them anew."""
+    a, b = pair
+    files = [str(ROOT / f"{name}.py") for name in pair]
+    unified = subprocess.run(["diff", "-u", *files], capture_output=True, text=True).stdout
+    lines = unified.splitlines()[2:]
+    added, removed, hunks = (sum(line.startswith(c) for line in lines) for c in "+-@")
+    ours = diff.counts(diff.read(a), diff.read(b))
+    assert abs(ours[0] - added) <= 0.05 * added + 2  # difflib's matches are not diff's
+    text = (ROOT / "benchmark" / "README.md").read_text()
+    assert f"[{a}, {b}](diffs/{a}-{b}.html) | {ours[0]} | {ours[1]} | {ours[2]} |" in text
+    page = (ROOT / "benchmark" / "diffs" / f"{a}-{b}.html").read_text()
+    assert page == diff.page(a, b)
+
+
+def test_a_page_shows_both_sides_of_every_hunk():
+    page = diff.page("sac_ae", "sac_gaara")
+    text = html.unescape(re.sub(r"<[^>]+>", "", page))
+    for line in (ROOT / "sac_gaara.py").read_text().splitlines():
+        if "contrast" in line:
+            assert line.strip() in text
+    assert "def soft_update" not in text  # the same in both, and not near a difference
+    assert page.count("<table") == 1 and "&nbsp;" not in page and "nowrap" not in page
