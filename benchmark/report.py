@@ -150,7 +150,8 @@ def number(low_high, value):
 def summary_table(curves):
     """Markdown: a row per curve, and a section of failures."""
     columns = ["task", "curve", "seeds", "frames", "return at the end", "of each seed",
-               "mean over the run", "random policy", "published there", "minutes"]  # fmt: skip
+               "mean over the run", "random policy (PEARL: no context)", "published there",
+               "minutes"]  # fmt: skip
     lines = ["| " + " | ".join(columns) + " |", "| - " * len(columns) + "|"]
     for c in curves:
         seeds, ends = sorted(c.rows.keys() | c.failed.keys()), []

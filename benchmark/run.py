@@ -9,7 +9,7 @@
 The same command again skips finished runs, resumes interrupted ones and tries failed ones again.
 OUT/GROUP/ holds meta.json and seedN.csv of each command, which report.py reads, and a folder for
 each seed with log.txt and the run's own folder. Ctrl-C stops all runs with a checkpoint. The exit
-status is 1 if a run failed. With --engine ray OUT must be a folder that all machines share.
+status is 1 if a run failed. With --engine ray all machines must share this folder and OUT.
 """
 
 import argparse
@@ -34,6 +34,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+import filelock
 import studies
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -192,28 +193,33 @@ def hardware():
     return ", ".join(filter(None, parts))
 
 
-def table(jobs, running, began):
-    """Prints one line per run: its state, frames, return, and the time that is left."""
-    width, states, left = max(len(job.folder.parent.name) for job in jobs), [], 0.0
+def table(jobs, running, began, workers):
+    """Prints one line per run: its state, frames, return, and the time that is left; and an
+    estimate for all, from the runs that have begun."""
+    width, states = max(len(job.folder.parent.name) for job in jobs), []
+    spent, whole = 0.0, {}  # minutes: of the runs so far, and of a whole run {script: [...]}
     for job in jobs:
         result, (row, total) = job.result(), job.progress()
         done = "finished" if "summary" in result else "failed" if result else "waiting"
         states.append("running" if job in running else done)
         parts = [f"{job.folder.parent.name:{width}}", f"seed {job.seed:<3}", f"{states[-1]:8}"]
-        frames, wall = int(row.get("frames") or 0), float(row.get("time/wall_s") or 0)
+        frames, minutes = int(row.get("frames") or 0), float(row.get("time/wall_s") or 0) / 60
         if frames:
             parts.append(f"{frames:,} of {total:,} frames")
+            whole.setdefault(job.script, []).append(minutes * total / frames)
+            spent += minutes
         score = row.get("eval/return") or row.get("eval/return_2")
         if score:
             parts.append(f"return {float(score):.1f}")
         if frames and job in running:
-            rest = wall * (total / frames - 1)
-            left += rest
-            parts.append(f"{rest / 60:.0f} min left")
+            parts.append(f"{minutes * (total / frames - 1):.0f} min left")
         print("  ".join([*parts, result.get("failed", "")]).rstrip())
-    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    spent = (time.monotonic() - began) / 60
-    print(f"{counts}; {spent:.0f} min so far, {left / 60:.0f} min left of what runs\n", flush=True)
+    text = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+    text += f"; {(time.monotonic() - began) / 60:.0f} min so far"
+    if running and all(job.script in whole for job in jobs):
+        left = sum(sum(whole[job.script]) / len(whole[job.script]) for job in jobs) - spent
+        text += f", about {max(0.0, left) / workers:.0f} min left"
+    print(text + "\n", flush=True)
 
 
 def run_local(jobs, args, show):
@@ -272,7 +278,7 @@ def run_ray(jobs, args, show):
                     job.folder.mkdir(parents=True, exist_ok=True)
                     failed = {"failed": str(e).strip().splitlines()[-1][:200]}
                     (job.folder / "result.json").write_text(json.dumps(failed))
-            show(set(pending.values()))
+            show({job for job in pending.values() if job.folder.exists()})
     except KeyboardInterrupt:
         for ref in pending:
             ray.cancel(ref)
@@ -304,17 +310,23 @@ def main():
         for job in todo:
             print("python", shlex.join(job.command()))
         return 0
+    Path(args.out).mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(Path(args.out) / "lock")  # two would write to the same runs
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        sys.exit(f"error: another benchmark/run.py is at work in {args.out}; see --out")
     began = time.monotonic()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         {"local": run_local, "ray": run_ray}[args.engine](
-            todo, args, lambda running: table(jobs, running, began))
+            todo, args, lambda running: table(jobs, running, began, args.workers))
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130
     finally:
         collect(jobs)
-    table(jobs, set(), began)
+    table(jobs, set(), began, args.workers)
     return int(any("failed" in job.result() for job in jobs))
 
 

@@ -128,11 +128,12 @@ STUDIES = {
         **{f"all but {name}": without(EFFICIENCY, name) for name in EFFICIENCY},
         **{f"{name} alone": flags for name, flags in EFFICIENCY.items()},
     }, DREAMER),
-    "pearl-velocities": each("pearl_pixels", "cheetah-vel", {"PEARL from states": (
+    "pearl-velocities": each("pearl_pixels", "cheetah-vel", {
+        "PEARL from states": "", "oracle": "--oracle"},
         "--obs-mode state --total-frames 308000 --initial-steps 400 --prior-steps 200 "
         "--extra-steps 200 --updates-per-iteration 300 --meta-batch 8 --latent-dim 3 "
         "--gamma 0.95 --lr 1e-3 --tau 0.01 --hidden-dim 128 --context-dim 128 "
-        "--context-trajectories 2 --eval-every-frames 50000 --no-video")}),
+        "--context-trajectories 2 --eval-every-frames 50000 --no-video"),
     "pearl-designs": each("pearl_pixels", "cheetah-vel", {
         "states": "--obs-mode state", "states, oracle": "--obs-mode state --oracle",
         "design 1": "--obs-mode cnn-test", "design 2": "--obs-mode cnn",

@@ -200,6 +200,8 @@ def test_a_signal_stops_all_runs_with_a_checkpoint_and_the_command_goes_on(
     command = words(tmp_path, seeds=[1], flags=LONGER)
     process = bench(*command)
     wait_for_checkpoint(tmp_path, process)
+    second = bench(*command)  # which would write to the same runs
+    assert "another benchmark/run.py" in second.communicate()[1] and second.returncode == 1
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors, errors
@@ -380,6 +382,7 @@ def test_run_folders_are_read_as_the_scripts_leave_them(finished, tmp_path):
 
 def test_the_command_writes_a_report_with_plots(finished, tmp_path):
     """Opened: the panels are not empty and each curve's colour is there."""
+    pytest.importorskip("matplotlib")
     command = [sys.executable, ROOT / "benchmark" / "report.py", finished[0],
                ROOT / "benchmark" / "results" / "smoke", "--out", tmp_path]
     process = subprocess.run(command, capture_output=True, text=True)
