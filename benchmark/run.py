@@ -142,7 +142,8 @@ def execute(job, env, started=None):
     lines = (job.folder / "log.txt").read_text().strip().splitlines()
     stopped = process.returncode in (128 + signal.SIGINT, 128 + signal.SIGTERM)
     if process.returncode == 0:
-        result = {"summary": json.loads(lines[-1].removeprefix("summary "))}
+        result = {"summary": json.loads(lines[-1].removeprefix("summary ")),
+                  "threads": int(env["OMP_NUM_THREADS"])}  # fmt: skip
     elif stopped:
         return
     else:
@@ -158,10 +159,10 @@ def collect(jobs):
             continue
         first, runs = group[0], []
         for job in group:
-            summary = job.result().get("summary", {})
+            result = job.result()
+            summary = result.pop("summary", {})
             summary.pop("run_dir", None)
-            failed = {"failed": job.result()["failed"]} if "failed" in job.result() else {}
-            runs.append({"seed": job.seed, **failed, **summary})
+            runs.append({"seed": job.seed, **result, **summary})
             for run in job.run_dirs():
                 with contextlib.suppress(FileNotFoundError):
                     shutil.copy(run / "metrics.csv", folder / f"seed{job.seed}.csv")

@@ -432,3 +432,19 @@ def test_a_page_shows_both_sides_of_every_hunk():
             assert line.strip() in text
     assert "def soft_update" not in text  # the same in both, and not near a difference
     assert page.count("<table") == 1 and "&nbsp;" not in page and "nowrap" not in page
+
+
+# ---- speed -------------------------------------------------------------------------------------
+
+
+def test_the_readmes_ratios_are_what_was_recorded():
+    """benchmark/results/speed: what speed.py printed beside each of the authors' codes."""
+    readme, ratios = (ROOT / "README.md").read_text(), {}
+    for path in (ROOT / "benchmark" / "results" / "speed").glob("*.txt"):
+        text = path.read_text()
+        theirs, ours = (float(ms) for ms in re.findall(r"two updates +(\d+\.\d+)", text)[::-1])
+        ratios[path.stem] = re.search(r"the authors': (\d+\.\d\d)x", text)[1]
+        assert theirs / ours == pytest.approx(float(ratios[path.stem]), abs=0.006)
+        assert "$ python benchmark/speed.py --peer " in text and "commit " in text
+        assert f"{ratios[path.stem]} times" in readme, path.stem
+    assert len(ratios) == 6
