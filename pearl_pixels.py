@@ -942,14 +942,14 @@ class Agent(nn.Module):
         with torch.no_grad():  # the target is a constant
             next_x = self.see(next_obs, next_state, self.true_state, target=self.free)
             target = self.target(reward, discount, next_x, z)
-        extra, x_for_q = 0.0, x
+        extra, x_for_q, grads = 0.0, x, []
         if args.obs_mode.startswith("cnn"):
             estimate = self.cnn(preprocess(obs)) if self.true_state else x
             extra = metrics["loss/cnn"] = self.cnn_loss(estimate, state)
             weight = args.rl_weight if args.obs_mode == "cnn-rl" else 0.0
             x_for_q = x.detach() + weight * (x - x.detach())  # scales J(Q)'s gradient in the CNN
         if args.obs_mode == "cnn-rl":  # norms of the two gradients that meet in x
-            x_for_q.register_hook(lambda g: metrics.update({"stat/x_grad_q": weight * g.norm()}))
+            x_for_q.register_hook(grads.append)  # not of metrics: a cycle through the graph leaks
             metrics["stat/x_grad_cnn"] = 2 * (extra / x.numel()).sqrt()
         if args.obs_mode == "ae":
             extra = metrics["loss/reconstruction"] = self.reconstruction_loss(x, obs)
@@ -963,6 +963,8 @@ class Agent(nn.Module):
             movers.append("cnn")
         loss = metrics["loss/q"] + extra
         minimize(loss, *(optimizers[name] for name in movers))  # [PEARL alg. 1:19, 21]
+        if grads:
+            metrics["stat/x_grad_q"] = weight * grads[0].norm()
         x, z = x.detach(), z.detach()  # V and actor train neither the CNN nor the context encoder
         metrics |= self.update_policy(x, z)
         if self.free:
@@ -1314,7 +1316,7 @@ def visits(args, rng, tasks):
     """The trajectories of an iteration in their order: [(task, whether a visit begins with it,
     whether z is inferred, whether it is for the context)]."""
     _, prior, posterior, extra = trajectories(args)
-    kinds = [(False, True)] * prior  # posterior collection begins with the prior, too
+    kinds = [(False, True)] * prior  # [PEARL alg. 1:5]; the others begin with the prior, too
     kinds += [(i > 0, True) for i in range(posterior)] + [(i > 0, False) for i in range(extra)]
     chosen = rng.integers(tasks, size=args.tasks_per_iteration).tolist()  # [PEARL alg. 1:3]
     return [(task, i == 0, *kind) for task in chosen for i, kind in enumerate(kinds)]
@@ -1349,7 +1351,8 @@ def train(args, run_dir, interrupt, payload=None):
     torch.manual_seed(args.seed)
     env, eval_env = make_env(args, args.seed), make_env(args, 0, video_size=256 * args.video)
     agent, has_cnn = Agent(args, env.spec), args.obs_mode.startswith("cnn")
-    buffer = TaskBuffer(replay_rows(args), env.spec, args.device, args.trajectory_steps)
+    rows = replay_rows(args)
+    buffer = TaskBuffer(rows, env.spec, args.device, args.trajectory_steps)  # [PEARL alg. 1:1]
     if payload:
         now, _ = load_checkpoint(payload, run_dir, agent, buffer, env, rng)
     else:
@@ -1402,7 +1405,7 @@ def train(args, run_dir, interrupt, payload=None):
         logger.log(counters | row | metrics | {"time/wall_s": now["wall_s"]})
         return True
 
-    while now["step"] < args.total_frames and not interrupt.signal:
+    while now["step"] < args.total_frames and not interrupt.signal:  # [PEARL alg. 1:2]
         if now["fits"]:
             agent.fit(buffer, rng)
             now["fits"] -= 1

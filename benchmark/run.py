@@ -121,7 +121,7 @@ def die_with_parent():
 def execute(job, env, started=None):
     """Runs a job to its end, whatever that is, and writes result.json. KeyboardInterrupt, or a
     signal to the process given to `started`, stops it with a checkpoint and no result."""
-    command = job.command()
+    command, sources = job.command(), {"commit": commit(), "sha256": sha256(job.script)}
     job.folder.mkdir(parents=True, exist_ok=True)
     (job.folder / "result.json").unlink(missing_ok=True)
     if "--resume" not in command:
@@ -143,7 +143,7 @@ def execute(job, env, started=None):
     stopped = process.returncode in (128 + signal.SIGINT, 128 + signal.SIGTERM)
     if process.returncode == 0:
         result = {"summary": json.loads(lines[-1].removeprefix("summary ")),
-                  "threads": int(env["OMP_NUM_THREADS"])}  # fmt: skip
+                  "threads": int(env["OMP_NUM_THREADS"]), **sources}  # fmt: skip
     elif stopped:
         return
     else:
@@ -152,13 +152,11 @@ def execute(job, env, started=None):
 
 
 def collect(jobs):
-    """Writes OUT/GROUP/meta.json and seedN.csv for the seeds that have run, failed ones too."""
-    for folder in {job.folder.parent for job in jobs}:
-        group = [job for job in jobs if job.folder.parent == folder and job.folder.exists()]
-        if not group:
-            continue
-        first, runs = group[0], []
-        for job in group:
+    """Writes OUT/GROUP/meta.json and seedN.csv for all seeds that have run, failed ones too."""
+    for first in {job.folder.parent: job for job in jobs}.values():
+        folder, runs = first.folder.parent, []
+        for path in sorted(folder.glob("seed*/"), key=lambda path: int(path.name[4:])):
+            job = first._replace(seed=int(path.name[4:]), folder=path)
             result = job.result()
             summary = result.pop("summary", {})
             summary.pop("run_dir", None)
@@ -166,14 +164,18 @@ def collect(jobs):
             for run in job.run_dirs():
                 with contextlib.suppress(FileNotFoundError):
                     shutil.copy(run / "metrics.csv", folder / f"seed{job.seed}.csv")
-        text = (ROOT / f"{first.script}.py").read_bytes()
         meta = {"command": f"python {first.script}.py {first.flags} --seed N",
-                "label": first.label, "published": first.published, "commit": commit(),
-                f"sha256 of {first.script}.py": hashlib.sha256(text).hexdigest(),
-                "hardware": hardware(), "python": platform.python_version(),
+                "label": first.label, "published": first.published, "hardware": hardware(),
+                "python": platform.python_version(),
                 **{name: importlib.metadata.version(name) for name in ("torch", "mujoco")},
                 "runs": runs}  # fmt: skip
-        (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+        if runs:
+            (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+
+
+def sha256(script):
+    """Of a script's text."""
+    return hashlib.sha256((ROOT / f"{script}.py").read_bytes()).hexdigest()
 
 
 def commit():

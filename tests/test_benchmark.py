@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import hashlib
 import html
 import importlib
 import itertools
@@ -148,8 +149,10 @@ def test_what_is_collected(finished):
     assert all(run["frames"] == 4000 and run["wall_s"] > 0 for run in meta["runs"])
     assert meta["command"].startswith("python sac_ae.py --env-id cartpole-balance --action-repeat")
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    assert meta["commit"].startswith(commit.stdout.strip() or "unknown")
-    assert len(meta["sha256 of sac_ae.py"]) == 64 and "cores" in meta["hardware"]
+    assert all(run["commit"].startswith(commit.stdout.strip()) for run in meta["runs"])
+    text = (ROOT / "sac_ae.py").read_bytes()
+    assert {run["sha256"] for run in meta["runs"]} == {hashlib.sha256(text).hexdigest()}
+    assert "cores" in meta["hardware"] and meta["runs"][0]["threads"] >= 1
     (run_dir,) = (folder / "seed1").glob("*__1__*")
     assert (folder / "seed1.csv").read_bytes() == (run_dir / "metrics.csv").read_bytes()
     runs = json.loads((one_folder(out, "*dance*") / "meta.json").read_text())["runs"]
@@ -163,10 +166,12 @@ def test_the_same_command_again_skips_what_is_finished_and_tries_the_rest(finish
     command = words(out, "--dry-run", tasks=("cartpole-balance", "cartpole-dance"))
     lines = bench(*command).communicate()[0].splitlines()
     assert len(lines) == 2 and all("cartpole-dance" in line for line in lines)
-    process = bench(*words(out))
+    process = bench(*words(out, seeds=(2,)))  # the other seed stays in meta.json
     output, errors = process.communicate(timeout=100)
     assert process.returncode == 0, errors
-    assert output.count("finished") == 3 and "running" not in output
+    assert output.count("finished") == 2 and "running" not in output
+    meta = json.loads((one_folder(out, "*balance*") / "meta.json").read_text())
+    assert [(run["seed"], run["frames"]) for run in meta["runs"]] == [(1, 4000), (2, 4000)]
     assert before == [path.stat().st_mtime_ns for path in results]
 
 
@@ -397,6 +402,23 @@ def test_the_command_writes_a_report_with_plots(finished, tmp_path):
         assert (0, 114, 178) in colours  # the first curve
     nothing = subprocess.run([*command[:2], tmp_path / "images"], capture_output=True, text=True)
     assert nothing.returncode == 1 and "error: no meta.json" in nothing.stderr
+
+
+def test_adaptation_shows_what_the_true_state_would_bring(tmp_path):
+    """Returns by number of trajectories, and dashed those with the true state: the same colour."""
+    pytest.importorskip("matplotlib")
+    rows = {s: [{"frames": 1e3, **{f"eval/{kind}return_{k}": 10.0 * k + (5 if kind else 0) + s
+                                   for k in range(3) for kind in ("", "true_state_")}}]
+            for s in (1, 2)}
+    curve = report.Curve("design 1", "cheetah-vel", "", rows, {}, {}, {}, "")
+    plain = {s: [{k: v for k, v in r[0].items() if "true" not in k}] for s, r in rows.items()}
+    counts = []
+    for c in (curve, curve._replace(rows=plain)):
+        assert report.adaptation([c], tmp_path / "a.png")
+        picture = imageio.imread(tmp_path / "a.png")[..., :3]
+        counts.append((picture == (0, 114, 178)).all(-1).sum())
+    assert counts[0] > 1.3 * counts[1]
+    assert not report.adaptation([], tmp_path / "b.png") and not (tmp_path / "b.png").exists()
 
 
 def test_the_smoke_report_is_that_of_the_recorded_runs():

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import types
+import weakref
 from pathlib import Path
 
 import imageio.v3 as imageio
@@ -739,6 +740,23 @@ def test_three_frames_show_velocities_and_one_does_not():
         errors[stack] = (x - truth).square().mean(0) / truth.var(0)
     assert errors[3][:8].mean() < 0.25 and errors[1][:8].mean() < 0.25, errors  # joints
     assert errors[3][8:].mean() < errors[1][8:].mean() - 0.3, errors  # velocities
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_update_leaves_nothing_behind(mode):
+    """Its graph is freed at once, without the garbage collector."""
+    agent = make_agent(obs_mode=mode)
+    batch, alive = make_batch(agent), []
+    q_loss = agent.q_loss
+
+    def spy(*inputs):
+        loss = q_loss(*inputs)
+        alive.append(weakref.ref(loss))
+        return loss
+
+    agent.q_loss = spy
+    agent.update(batch)
+    assert alive[0]() is None
 
 
 # ---- learning ----------------------------------------------------------------------------------
