@@ -5,7 +5,8 @@
 
 Writes report.md, curves.png and, for PEARL, adaptation.png to --out (the first folder). Thin lines
 are seeds; the thick one is their interquartile mean (with three seeds or fewer the mean) as far as
-all of them got, its band the 95 % bootstrap interval, stratified by task where there are several.
+all of them got, its band the 95 % bootstrap interval, stratified by task where there are several;
+with fewer than five seeds, where that would be too narrow, the band goes from least to largest.
 Dashed: published, from benchmark/published. Dotted: the random policy (PEARL: without context).
 """
 
@@ -50,7 +51,8 @@ class Curve(NamedTuple):
     def table(self):
         """Frames (n,) that all seeds have passed, and their returns there (seeds, n), or None."""
         curves = [self.points(seed) for seed in self.rows]
-        if not curves or not all(x.size for x, _ in curves):
+        curves = [curve for curve in curves if curve.size]  # some may have failed before
+        if not curves:
             return None
         first, last = max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves)
         grid = np.unique(np.concatenate([x[(first <= x) & (x <= last)] for x, _ in curves]))
@@ -63,9 +65,11 @@ def iqm(*samples, axis=-1):
 
 
 def interval(*samples):
-    """95 % interval of the IQM; each sample (..., n), a task's seeds, is drawn anew from itself."""
-    if min(sample.shape[-1] for sample in samples) < 2:
-        return np.full((2, *samples[0].shape[:-1]), np.nan)
+    """95 % interval of the IQM; each sample (..., n), a task's seeds, is drawn anew from itself.
+    With fewer seeds than ENOUGH it would be too narrow: then the least and the largest value."""
+    if min(sample.shape[-1] for sample in samples) < ENOUGH:
+        values = np.concatenate(samples, -1)
+        return np.stack([values.min(-1), values.max(-1)])
     result = scipy.stats.bootstrap(samples, iqm, axis=-1, vectorized=True, n_resamples=2000,
                                    method="percentile", rng=np.random.default_rng(0))
     return np.stack(result.confidence_interval)
@@ -102,10 +106,12 @@ def loose(folders):
     groups = {}
     for folder in folders:
         args = json.loads((folder / "args.json").read_text())
-        script, seed = folder.name.split("__")[1], args["seed"]
+        script, seed = (folder.name.split("__") + [folder.name])[1], args["seed"]
         args = {k: v for k, v in args.items() if k not in NOT_THE_METHOD}
-        key = script, args["env_id"], json.dumps(args)
-        groups.setdefault(key, {})[seed] = folder
+        runs = groups.setdefault((script, args["env_id"], json.dumps(args)), {})
+        while seed in runs:  # the same run again
+            seed = f"{seed} again"
+        runs[seed] = folder
     curves = []
     for (script, task, text), runs in groups.items():
         args = json.loads(text)
@@ -144,17 +150,19 @@ def published(name, env_id):
 def number(low_high, value):
     """A value with its interval, if there is one."""
     low, high = low_high
-    return f"{value:.0f}" if np.isnan(low) else f"{value:.0f} ({low:.0f} to {high:.0f})"
+    return f"{value:.0f} ({low:.0f} to {high:.0f})"
 
 
 def summary_table(curves):
     """Markdown: a row per curve, and a section of failures."""
-    columns = ["task", "curve", "seeds", "frames", "return at the end", "of each seed",
+    least = any(0 < len(c.rows) < ENOUGH for c in curves)
+    note = " (least to largest, where there are fewer than five seeds)" * least
+    columns = ["task", "curve", "seeds", "frames", "return at the end" + note, "of each seed",
                "mean over the run", "random policy (PEARL: no context)", "published there",
                "minutes"]  # fmt: skip
     lines = ["| " + " | ".join(columns) + " |", "| - " * len(columns) + "|"]
     for c in curves:
-        seeds, ends = sorted(c.rows.keys() | c.failed.keys()), []
+        seeds, ends = sorted(c.rows.keys() | c.failed.keys(), key=str), []
         for seed in seeds:
             y = c.points(seed)[1] if seed in c.rows else []
             ends.append((f"{y[-1]:.0f}" if len(y) else "-") + " (failed)" * (seed in c.failed))
@@ -173,30 +181,33 @@ def summary_table(curves):
             cells[9] = f"{np.median(list(c.minutes.values())):.1f}"
         lines.append("| " + " | ".join(cells) + " |")
     for c in curves:
-        for seed, why in sorted(c.failed.items()):
+        for seed, why in sorted(c.failed.items(), key=str):
             lines.append(f"\nFailed: {c.label}, {c.env_id}, seed {seed}: {why}")
     machines = sorted({c.hardware for c in curves} - {""})
     return "\n".join([*lines, *(f"\nHardware: {machine}." for machine in machines)])
 
 
 def comparisons(curves):
-    """Markdown: for each pair of curves on a task, what the returns at the end show."""
-    lines = []
-    for a, b in itertools.combinations(curves, 2):
-        if a.env_id != b.env_id or not (a.table() and b.table()):
-            continue
-        (x, y), (u, v) = a.table(), b.table()
-        n, name = min(len(y), len(v)), f"{a.env_id}: {a.label} and {b.label}"
-        if n < ENOUGH:
+    """Markdown: for each pair of curves on a task, what the returns at the end show. The level is
+    0.05 divided by the number of pairs."""
+    pairs, lines = list(itertools.combinations(curves, 2)), []
+    pairs = [(a, b) for a, b in pairs if a.env_id == b.env_id]
+    for a, b in pairs:
+        name, (one, two) = f"{a.env_id}: {a.label} and {b.label}", (a.table(), b.table())
+        n = min(len(c.rows) for c in (a, b))
+        if a.failed or b.failed:
+            lines.append(f"- {name}: not compared, as seeds failed.")
+        elif n < ENOUGH or not (one and two):
             lines.append(f"- {name}: {n} seeds are too few to compare; at least {ENOUGH}.")
-        elif x[-1] != u[-1]:
-            lines.append(f"- {name}: they end at {x[-1]:,.0f} and {u[-1]:,.0f} frames.")
+        elif one[0][-1] != two[0][-1]:
+            lines.append(f"- {name}: not compared, as they end at {one[0][-1]:,.0f} and "
+                         f"{two[0][-1]:,.0f} frames.")  # fmt: skip
         else:
-            result = scipy.stats.bootstrap(
-                (y[:, -1], v[:, -1]), lambda p, q, axis: iqm(p, axis=axis) - iqm(q, axis=axis),
-                vectorized=True, n_resamples=2000, method="percentile",
+            low, high = scipy.stats.bootstrap(
+                (one[1][:, -1], two[1][:, -1]), vectorized=True, n_resamples=5000,
+                statistic=lambda p, q, axis: iqm(p, axis=axis) - iqm(q, axis=axis),
+                method="percentile", confidence_level=1 - 0.05 / len(pairs),
                 rng=np.random.default_rng(0)).confidence_interval  # fmt: skip
-            low, high = result
             shows = ("the first is better" if low > 0 else "the second is better" if high < 0
                      else "no difference is shown")  # fmt: skip
             lines.append(f"- {name}: difference {low:.0f} to {high:.0f}, {shows}.")
@@ -204,16 +215,17 @@ def comparisons(curves):
 
 
 def over_tasks(curves):
-    """Markdown: the IQM of each label over all tasks and seeds, where it has several tasks."""
+    """Markdown: the IQM of each label over all tasks and seeds, where it has several tasks and all
+    runs ended; a task that comes twice is another experiment."""
     lines, groups = [], {}
     for c in curves:
-        if c.table():
-            label = c.label.removesuffix(c.env_id).strip()
-            groups.setdefault(label, []).append(c.table()[1][:, -1])
-    for label, ends in groups.items():
-        if len(ends) > 1:
+        groups.setdefault(c.label.removesuffix(c.env_id).strip(), []).append(c)
+    for label, group in groups.items():
+        tasks = [c.env_id for c in group]
+        if len(group) == len(set(tasks)) > 1 and all(c.table() and not c.failed for c in group):
+            ends = [c.table()[1][:, -1] for c in group]
             value = number(interval(*ends), iqm(*ends))
-            lines.append(f"- {label}, {len(ends)} tasks, {sum(map(len, ends))} runs: {value}")
+            lines.append(f"- {label}, {', '.join(tasks)}, {sum(map(len, ends))} runs: {value}")
     return "\n".join(lines)
 
 

@@ -28,8 +28,10 @@ import re
 import shlex
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -39,6 +41,7 @@ import studies
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["sac_ae", "sac_gaara", "slac", "dreamerv2", "pearl_pixels"]
+STOPPED = [sign for s in (signal.SIGINT, signal.SIGTERM) for sign in (128 + s, -s)]
 EVERY_S = 30.0  # how often the table is made anew [s]
 
 
@@ -94,20 +97,32 @@ def jobs_of(args):
         flags = " ".join(filter(None, [task, variant.flags, shlex.join(args.flags)]))
         words = [args.study or "", label, shlex.join(args.flags)]
         name = "__".join(filter(None, (re.sub(r"[^\w.]+", "-", w).strip("-") for w in words)))
-        if len(name) > 60:
-            name = name[:50] + "-" + hashlib.sha256(name.encode()).hexdigest()[:8]
+        digest = hashlib.sha256(f"{variant.script} {flags}".encode()).hexdigest()[:8]
+        name = f"{name[:50]}-{digest}"  # other flags: another folder
         for seed in args.seeds:
             folder = Path(args.out).resolve() / name / f"seed{seed}"
             jobs.append(Job(variant.script, flags, seed, label, variant.published, folder))
-    return jobs
+    return list(dict.fromkeys(jobs))
 
 
-def environment(slot, workers, gpus_per_run):
-    """Variables of a run in this slot: its share of the cores, and its GPU if it is to have one."""
+def gpus():
+    """Names of the GPUs for CUDA_VISIBLE_DEVICES: those that it has now, or all."""
+    if "CUDA_VISIBLE_DEVICES" in os.environ:
+        return os.environ["CUDA_VISIBLE_DEVICES"].split(",")
+    if not shutil.which("nvidia-smi"):
+        return []
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    return [str(i) for i in range(listed.count("GPU "))]
+
+
+def environment(slot, workers, gpus_per_run, names):
+    """Variables of a run in this slot: its share of the cores, and its GPU of those with these
+    names if it is to have one."""
     env = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // workers))}
+    if "OMP_NUM_THREADS" in os.environ:
+        env = {"OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"]}
     if gpus_per_run:
-        gpu = str(int(slot * gpus_per_run))
-        env |= {"CUDA_VISIBLE_DEVICES": gpu, "MUJOCO_EGL_DEVICE_ID": gpu}
+        env["CUDA_VISIBLE_DEVICES"] = names[slot // int(1 / gpus_per_run)]
     return env
 
 
@@ -135,28 +150,42 @@ def execute(job, env, started=None):
         if started:
             started(process)
         try:
-            process.wait()
+            while process.poll() is None:
+                time.sleep(0.2)  # wait() would not be woken by ray.cancel
         except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)  # Ray's workers have SIGINT blocked
             process.wait()
-    lines = (job.folder / "log.txt").read_text().strip().splitlines()
-    stopped = process.returncode in (128 + signal.SIGINT, 128 + signal.SIGTERM)
-    if process.returncode == 0:
-        result = {"summary": json.loads(lines[-1].removeprefix("summary ")),
-                  "threads": int(env["OMP_NUM_THREADS"]), **sources}  # fmt: skip
-    elif stopped:
+    if process.returncode in STOPPED:
         return
+    lines = (job.folder / "log.txt").read_text().strip().splitlines()
+    lines = lines[max(i for i, line in enumerate(lines) if line.startswith("$ python")) + 1 :]
+    found = [line for line in lines if line.startswith("summary {")]
+    if process.returncode == 0 and found:
+        result = {"summary": json.loads(found[-1].removeprefix("summary ")),
+                  "threads": int(env["OMP_NUM_THREADS"]), **sources}  # fmt: skip
     else:
-        result = {"failed": f"exit status {process.returncode}: {lines[-1][:200]}"}
+        words = [line.strip("│╭╰─╯ ") for line in lines if re.search(r"[a-z]{3}", line)] or [""]
+        errors = [line for line in words if re.search(r"rror:|nrecognized", line)]
+        why = (errors or words)[-1]
+        result = {"failed": f"exit status {process.returncode}: {why[:200]}"}
     (job.folder / "result.json").write_text(json.dumps(result))
+
+
+def write_failure(job, why):
+    """result.json of a job that could not even be run to its end."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    (job.folder / "result.json").write_text(json.dumps({"failed": why[:200]}))
 
 
 def collect(jobs):
     """Writes OUT/GROUP/meta.json and seedN.csv for all seeds that have run, failed ones too."""
     for first in {job.folder.parent: job for job in jobs}.values():
         folder, runs = first.folder.parent, []
-        for path in sorted(folder.glob("seed*/"), key=lambda path: int(path.name[4:])):
-            job = first._replace(seed=int(path.name[4:]), folder=path)
+        seeds = {int(path.name[4:]) for path in folder.glob("seed*")
+                 if path.is_dir() and path.name[4:].isdigit()}  # fmt: skip
+        seeds |= {job.seed for job in jobs if job.folder.parent == folder}
+        for seed in sorted(seeds):
+            job = first._replace(seed=seed, folder=folder / f"seed{seed}")
             result = job.result()
             summary = result.pop("summary", {})
             summary.pop("run_dir", None)
@@ -169,7 +198,7 @@ def collect(jobs):
                 "python": platform.python_version(),
                 **{name: importlib.metadata.version(name) for name in ("torch", "mujoco")},
                 "runs": runs}  # fmt: skip
-        if runs:
+        if any(len(run) > 1 for run in runs) or folder.exists():
             (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
 
@@ -181,8 +210,10 @@ def sha256(script):
 def commit():
     """The commit that is checked out, and whether files differ from it."""
     words = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    process = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    return process.stdout.strip() or "unknown"
+    with contextlib.suppress(OSError):  # no git
+        process = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+        return process.stdout.strip() or "unknown"
+    return "unknown"
 
 
 def hardware():
@@ -200,7 +231,7 @@ def table(jobs, running, began, workers):
     """Prints one line per run: its state, frames, return, and the time that is left; and an
     estimate for all, from the runs that have begun."""
     width, states = max(len(job.folder.parent.name) for job in jobs), []
-    spent, whole = 0.0, {}  # minutes: of the runs so far, and of a whole run {script: [...]}
+    whole, left = {}, {}  # minutes of a whole run {script: [...]}, and that a run still takes
     for job in jobs:
         result, (row, total) = job.result(), job.progress()
         done = "finished" if "summary" in result else "failed" if result else "waiting"
@@ -210,33 +241,42 @@ def table(jobs, running, began, workers):
         if frames:
             parts.append(f"{frames:,} of {total:,} frames")
             whole.setdefault(job.script, []).append(minutes * total / frames)
-            spent += minutes
         score = row.get("eval/return") or row.get("eval/return_2")
         if score:
             parts.append(f"return {float(score):.1f}")
+        if states[-1] in ("running", "waiting"):
+            left[job] = minutes * (total / frames - 1) if frames else None
         if frames and job in running:
-            parts.append(f"{minutes * (total / frames - 1):.0f} min left")
+            parts.append(f"{left[job]:.0f} min left")
         print("  ".join([*parts, result.get("failed", "")]).rstrip())
     text = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     text += f"; {(time.monotonic() - began) / 60:.0f} min so far"
-    if running and all(job.script in whole for job in jobs):
-        left = sum(sum(whole[job.script]) / len(whole[job.script]) for job in jobs) - spent
-        text += f", about {max(0.0, left) / workers:.0f} min left"
+    if left and all(job.script in whole for job in left):
+        times = [statistics.mean(whole[job.script]) if t is None else t for job, t in left.items()]
+        text += f", about {max(sum(times) / workers, max(times)):.0f} min left"
     print(text + "\n", flush=True)
 
 
 def run_local(jobs, args, show):
     """As many processes at a time as there are workers; each has a slot with cores and a GPU."""
-    slots, processes, running = queue.Queue(), {}, set()
+    slots, processes, running, stopping = queue.Queue(), {}, set(), threading.Event()
     for slot in range(args.workers):
         slots.put(slot)
+
+    def started(job, process):
+        processes[job] = process
+        if stopping.is_set():
+            process.send_signal(signal.SIGTERM)
 
     def work(job):
         slot = slots.get()
         running.add(job)
         try:
-            env = environment(slot, args.workers, args.gpus_per_run)
-            execute(job, env, functools.partial(processes.__setitem__, job))
+            env = environment(slot, args.workers, args.gpus_per_run, gpus())
+            if not stopping.is_set():
+                execute(job, env, functools.partial(started, job))
+        except Exception as e:  # a fault of this job stops no other
+            write_failure(job, f"{type(e).__name__}: {e}")
         finally:
             running.discard(job)
             processes.pop(job, None)
@@ -246,17 +286,14 @@ def run_local(jobs, args, show):
         pending = {pool.submit(work, job) for job in jobs}
         try:
             while pending:
-                done, pending = concurrent.futures.wait(
+                _, pending = concurrent.futures.wait(
                     pending, EVERY_S, concurrent.futures.FIRST_COMPLETED)
-                for future in done:
-                    future.result()
                 show(running)
         except KeyboardInterrupt:
             print("\nstopping all runs with a checkpoint", file=sys.stderr)
-            for future in pending:
-                future.cancel()
+            stopping.set()
             for process in list(processes.values()):
-                process.send_signal(signal.SIGINT)
+                process.send_signal(signal.SIGTERM)
             raise
 
 
@@ -265,7 +302,12 @@ def run_ray(jobs, args, show):
     import ray
 
     ray.init(ignore_reinit_error=True, log_to_driver=False)
-    share = max(1, int(ray.cluster_resources()["CPU"]) // args.workers)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which ray.init replaces
+    nodes, cluster = [node["Resources"] for node in ray.nodes()], ray.cluster_resources()
+    if args.gpus_per_run > cluster.get("GPU", 0):
+        sys.exit("error: no GPU in this Ray cluster; leave out --gpus-per-run")
+    share = max(1, -(-int(cluster["CPU"]) // args.workers))  # no more than --workers fit
+    share = int(min(share, max(node.get("CPU", 0) for node in nodes)))  # and each on one node
     env = {"OMP_NUM_THREADS": str(share)}
     options = {"num_cpus": share, "num_gpus": args.gpus_per_run, "max_retries": 3}
     work = ray.remote(**options)(lambda job: execute(job, env))
@@ -278,14 +320,13 @@ def run_ray(jobs, args, show):
                 try:
                     ray.get(ref)
                 except ray.exceptions.RayError as e:
-                    job.folder.mkdir(parents=True, exist_ok=True)
-                    failed = {"failed": str(e).strip().splitlines()[-1][:200]}
-                    (job.folder / "result.json").write_text(json.dumps(failed))
+                    write_failure(job, str(e).strip().splitlines()[-1])
             show({job for job in pending.values() if job.folder.exists()})
     except KeyboardInterrupt:
         for ref in pending:
             ray.cancel(ref)
-        ray.wait(list(pending), num_returns=len(pending), timeout=60)
+        print("\nstopping all runs with a checkpoint", file=sys.stderr)
+        ray.wait(list(pending), num_returns=len(pending))
         raise
     finally:
         ray.shutdown()
@@ -313,6 +354,11 @@ def main():
         for job in todo:
             print("python", shlex.join(job.command()))
         return 0
+    share = int(1 / args.gpus_per_run) if args.gpus_per_run else 0
+    if share and args.engine == "local" and args.workers > share * len(gpus()):
+        parser.error(f"{len(gpus())} GPUs here have room for {share * len(gpus())} --workers")
+    if args.study and args.env_ids:
+        parser.error("a --study has its own tasks: leave out --env-ids")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(Path(args.out) / "lock")  # two would write to the same runs
     try:

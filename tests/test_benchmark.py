@@ -110,14 +110,18 @@ def test_dry_run_prints_the_product(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_slots_share_cores_and_gpus():
+def test_slots_share_cores_and_gpus(monkeypatch):
     import run
 
     cores = os.cpu_count()
-    envs = [run.environment(slot, 4, 0.5) for slot in range(4)]
-    assert [env["CUDA_VISIBLE_DEVICES"] for env in envs] == ["0", "0", "1", "1"]
-    assert {env["OMP_NUM_THREADS"] for env in envs} == {str(max(1, cores // 4))}
-    assert "CUDA_VISIBLE_DEVICES" not in run.environment(0, 1, 0)
+    for share, wanted in ((0.5, "3355"), (0.34, "3355"), (0.33, "3335"), (1.0, "3579")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7,9")  # as a scheduler gave them
+        envs = [run.environment(slot, 4, share, run.gpus()) for slot in range(4)]
+        assert "".join(env["CUDA_VISIBLE_DEVICES"] for env in envs) == wanted
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert run.environment(0, 4, 0, []) == {"OMP_NUM_THREADS": str(max(1, cores // 4))}
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert run.environment(0, 4, 0, []) == {"OMP_NUM_THREADS": "7"}
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +179,13 @@ def test_the_same_command_again_skips_what_is_finished_and_tries_the_rest(finish
     assert before == [path.stat().st_mtime_ns for path in results]
 
 
+def test_a_wrong_flag_is_named(tmp_path):
+    process = bench(*words(tmp_path, seeds=[1, 1], flags="--nonsense 3"))
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == 1 and output.splitlines()[-2] == "1 failed; 0 min so far"
+    assert "exit status 2: " in output and "--nonsense" in output
+
+
 def wait_for_checkpoint(out, process, seconds=100):
     until = time.monotonic() + seconds
     while not list(out.glob("*/seed1/*/checkpoint.pt")):
@@ -199,10 +210,12 @@ def undisturbed(tmp_path_factory):
 linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("engine", "number"), [
+    ("local", signal.SIGINT), ("ray", signal.SIGTERM), ("ray", signal.SIGINT)])
 def test_a_signal_stops_all_runs_with_a_checkpoint_and_the_command_goes_on(
-        tmp_path, undisturbed, number):
-    command = words(tmp_path, seeds=[1], flags=LONGER)
+        tmp_path, undisturbed, engine, number):
+    pytest.importorskip("ray" if engine == "ray" else "json")
+    command = words(tmp_path, "--engine", engine, seeds=[1], flags=LONGER)
     process = bench(*command)
     wait_for_checkpoint(tmp_path, process)
     second = bench(*command)  # which would write to the same runs
@@ -299,7 +312,7 @@ def test_iqm_and_its_interval():
         low, high = report.interval(rng.normal(10.0, 3.0, 20))
         hits += low < 10.0 < high
     assert 0.88 < hits / 150 < 0.98
-    assert np.isnan(report.interval(np.array([3.0]))).all()  # one seed has no interval
+    assert report.interval(np.array([3.0, 9.0, 4.0])).tolist() == [3, 9]  # too few: the range
 
 
 def test_the_interval_is_stratified_by_task():
@@ -319,7 +332,8 @@ def test_failures_are_shown_and_end_the_mean(tmp_path):
     (curve,) = report.load([tmp_path])
     x, y = curve.table()
     assert x.tolist() == [1000, 2000] and y.tolist() == [[10, 20], [20, 30], [30, 40]]
-    text = report.report([curve])
+    text = report.report([curve, curve._replace(label="again")])
+    assert "cheetah-run: mine and again: not compared, as seeds failed." in text
     assert "| cheetah-run | mine | 3 | 2,000 | 30 (20 to 40) | 40, 30 (failed), 60 |" in text
     assert "Failed: mine, cheetah-run, seed 2: exit status 1: out of memory" in text
     assert "| 5 | - | 2.0 |" in text and "Hardware: a machine." in text
@@ -331,7 +345,8 @@ def test_a_seed_that_never_began_is_a_failure_too(tmp_path):
     meta["runs"].append({"seed": 7})
     (tmp_path / "a" / "meta.json").write_text(json.dumps(meta))
     text = report.report(report.load([tmp_path]))
-    assert "20, - (failed)" in text and "seed 7: not finished" in text
+    assert "| 2,000 | 20 (20 to 20) | 20, - (failed)" in text  # and the others are shown
+    assert "seed 7: not finished" in text
 
 
 def test_comparisons_need_five_seeds(tmp_path):
@@ -361,7 +376,7 @@ def test_area_tasks_and_the_published_value(tmp_path):
     assert curves[0].published == "SAC+AE" and report.published("SAC+AE", "cheetah-run")[2] == "10"
     text = report.report(curves)
     assert "20 (20 to 20) | 20, 20 | 10 (10 to 10)" in text
-    assert "- sac_ae, 2 tasks, 4 runs: 20 (20 to 20)" in text
+    assert "- sac_ae, cheetah-run, walker-walk, 4 runs: 20 (20 to 20)" in text
     x, y, _ = report.published("SAC+AE", "cheetah-run")
     long = {1: np.linspace(0, 400, 500), 2: np.linspace(0, 400, 500)}
     write_group(tmp_path / "long", "long", "cheetah-run", long, published="SAC+AE")
