@@ -752,7 +752,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z (B, D) -> image stack (B, K * C, H, W), centred at 0: the encoder backwards."""
+    """Features (B, D) -> image stack (B, K * C, H, W), centred at 0: the encoder backwards."""
 
     def __init__(self, obs_shape, z_dim, args):
         super().__init__()
@@ -1058,8 +1058,8 @@ def evaluate(agent, env, thetas, true_state, film=None, interrupt=None):
     action with z from the k trajectories before. The paper's algorithm 2.
 
     Seeds the environment and PyTorch, and leaves PyTorch's random numbers as they were. Gives the
-    returns (tasks, episodes, k + 1), the last posterior means (tasks, episodes, L), and what the
-    agent saw: x (n, X) and the true states (n, S). A signal ends it early.
+    returns (tasks, episodes, k + 1), the last posterior means (tasks, episodes, L), and with a CNN
+    what the agent saw: x (n, S) and the true states (n, S). A signal ends it early.
     """
     args, before, seen = agent.args, rng_state(), []
     returns = np.zeros((len(thetas), args.eval_episodes, args.context_trajectories + 1))
@@ -1077,7 +1077,8 @@ def evaluate(agent, env, thetas, true_state, film=None, interrupt=None):
         camera = film if i == j == 0 else None
         steps, xs = play_trajectory(agent, env, carry, False, camera)  # [PEARL alg. 2:4]
         returns[i, j, k] = sum(step.reward for step in steps)
-        seen += [(x[0].cpu(), torch.as_tensor(s.state)) for x, s in zip(xs, steps, strict=True)]
+        if args.obs_mode.startswith("cnn"):
+            seen += [(x[0].cpu(), torch.as_tensor(s.state)) for x, s in zip(xs, steps, strict=True)]
         for x, next_x, step in zip(xs[:-1], xs[1:], steps[1:], strict=True):
             reward = torch.tensor([[step.reward]], device=args.device)
             action = torch.as_tensor(step.action, device=args.device)[None]
@@ -1359,7 +1360,7 @@ def train(args, run_dir, interrupt, payload=None):
         initial = [(task, False, False, True) for task in range(len(train_thetas))
                    for _ in range(trajectories(args)[0])]  # fmt: skip
         now = {"step": 0, "iteration": 0, "jobs": initial, "fits": 0, "updates": 0, "returns": [],
-               "metrics": {}, "rows": [], "wall_s": 0.0, "saved": 0, "random_return": 0.0,
+               "metrics": {}, "rows": [], "wall_s": 0.0, "saved": 0, "random_return": None,
                "eval_return": None, "score": {}, "rl": [[] for _ in train_thetas],
                "enc": [[] for _ in train_thetas]}  # fmt: skip
         env.reset()
@@ -1409,6 +1410,8 @@ def train(args, run_dir, interrupt, payload=None):
         if now["fits"]:
             agent.fit(buffer, rng)
             now["fits"] -= 1
+            if now["fits"] == 0:
+                save()
         elif now["jobs"]:
             now["returns"].append(collect(agent, env, buffer, now["jobs"].pop(0), rng))
             frames += args.trajectory_steps
@@ -1419,7 +1422,7 @@ def train(args, run_dir, interrupt, payload=None):
             now["metrics"] |= agent.update(agent.sample(buffer, rng))
             now["updates"] -= 1
         elif now["iteration"] and not finish():
-            break
+            break  # goes on with the evaluation
         else:
             if now["iteration"] == 0:
                 now["random_return"] = float(np.mean(now["returns"]))
@@ -1428,6 +1431,7 @@ def train(args, run_dir, interrupt, payload=None):
                 now["fits"] = args.cnn_pretrain_updates if has_cnn else 0
             now |= {"iteration": now["iteration"] + 1, "updates": args.updates_per_iteration,
                     "returns": [], "jobs": visits(args, rng, len(train_thetas))}  # fmt: skip
+            save()
     save()
     logger.bar.close()
     with survive("metrics"):
@@ -1481,7 +1485,9 @@ def play(args):
         folder = path if path.is_dir() else path.parent
         with survive("video"):
             print(f"video: {write_video(folder / 'evaluation', film, env.fps)}")
-    return summary(args, payload["progress"], payload["updates"]) | score(returns)
+    now = payload["progress"]  # perhaps in the middle of an iteration
+    now["step"] = payload["row"] - sum(map(len, now["rl"]))
+    return summary(args, now, payload["updates"]) | score(returns)
 
 
 def main(args):

@@ -585,7 +585,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z (B, D) -> image stack (B, K * C, H, W), centred at 0: the encoder backwards."""
+    """Features (B, D) -> image stack (B, K * C, H, W), centred at 0: the encoder backwards."""
 
     def __init__(self, obs_shape, z_dim, args):
         super().__init__()

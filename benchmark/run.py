@@ -308,7 +308,7 @@ def run_ray(jobs, args, show):
         sys.exit("error: no GPU in this Ray cluster; leave out --gpus-per-run")
     share = max(1, -(-int(cluster["CPU"]) // args.workers))  # no more than --workers fit
     share = int(min(share, max(node.get("CPU", 0) for node in nodes)))  # and each on one node
-    env = {"OMP_NUM_THREADS": str(share)}
+    env = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(share))}
     options = {"num_cpus": share, "num_gpus": args.gpus_per_run, "max_retries": 3}
     work = ray.remote(**options)(lambda job: execute(job, env))
     pending = {work.remote(job): job for job in jobs}
