@@ -983,6 +983,9 @@ def test_the_open_loop_strip(monkeypatch):
     moved = changed("action", slice(5, 8), 1)
     assert np.array_equal(moved[13:26, : 5 * 13], strip[13:26, : 5 * 13])
     assert not np.array_equal(moved[13:26, 5 * 13 :], strip[13:26, 5 * 13 :])
+    last = changed("action", slice(7, 8), 50)  # the action that leads to the last image
+    assert np.array_equal(last[13:26, : 7 * 13], strip[13:26, : 7 * 13])
+    assert not np.array_equal(last[13:26, 7 * 13 :], strip[13:26, 7 * 13 :])
     assert agent.images(fill(rows=7), np.random.default_rng(3)) == {}  # too early
 
 
