@@ -17,26 +17,28 @@ PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{a} and {b}</title>
-<style>
-body {{ font: 16px/1.5 sans-serif; margin: 1em auto; max-width: 1900px; padding: 0 1em;
-        color: #1f2328; background: #fff; }}
-table {{ border-collapse: collapse; table-layout: fixed; width: 100%; }}
-td {{ font: 12px/1.45 monospace; vertical-align: top; white-space: pre-wrap;
-      overflow-wrap: anywhere; overflow: hidden; padding: 0 .5em; }}
-td.diff_header {{ color: #656d76; text-align: right; }}
-col.n {{ width: 3.4em; }}
-th {{ position: sticky; top: 0; background: #f6f8fa; text-align: left; padding: .4em .5em;
-      border-bottom: 1px solid #d0d7de; }}
-tbody {{ border-bottom: 1.2em solid #eaeef2; }}
-.diff_add {{ background: #aceebb; }} .diff_chg {{ background: #fff1a8; }}
-.diff_sub {{ background: #ffcecb; }}
-@media (max-width: 900px) {{ td {{ font-size: 9px; padding: 0 .2em; }}
-                             col.n {{ width: 1.9em; }} }}
-</style></head><body>
+<link rel="stylesheet" href="style.css"></head><body>
 <h1>{a} and {b}</h1>
 <p>{counts}. Green: only in {b}. Red: only in {a}. Yellow: changed within a line.</p>
 {table}
 </body></html>
+"""
+
+
+STYLE = """body { font: 16px/1.5 sans-serif; margin: 1em auto; max-width: 1900px; padding: 0 1em;
+        color: #1f2328; background: #fff; }
+table { border-collapse: collapse; table-layout: fixed; width: 100%; }
+td { font: 12px/1.45 monospace; vertical-align: top; white-space: pre-wrap;
+      overflow-wrap: anywhere; overflow: hidden; padding: 0 .5em; }
+td.diff_header { color: #656d76; text-align: right; }
+col.n { width: 3.4em; }
+th { position: sticky; top: 0; background: #f6f8fa; text-align: left; padding: .4em .5em;
+      border-bottom: 1px solid #d0d7de; }
+tbody { border-bottom: 1.2em solid #eaeef2; }
+.diff_add { background: #aceebb; } .diff_chg { background: #fff1a8; }
+.diff_sub { background: #ffcecb; }
+@media (max-width: 900px) { td { font-size: 9px; padding: 0 .2em; }
+                             col.n { width: 1.9em; } }
 """
 
 
@@ -74,6 +76,7 @@ def main():
     if len(args.pair) not in (0, 2):
         parser.error("two scripts, or none for all pairs of the README")
     args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "style.css").write_text(STYLE)
     for a, b in [args.pair] if args.pair else PAIRS:
         path = args.out / f"{a}-{b}.html"
         path.write_text(page(a, b))

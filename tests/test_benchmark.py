@@ -459,6 +459,7 @@ def test_the_readmes_diffs_are_todays(pair):
     assert f"[{a}, {b}](diffs/{a}-{b}.html) | {ours[0]} | {ours[1]} | {ours[2]} |" in text
     page = (ROOT / "benchmark" / "diffs" / f"{a}-{b}.html").read_text()
     assert page == diff.page(a, b)
+    assert (ROOT / "benchmark" / "diffs" / "style.css").read_text() == diff.STYLE
 
 
 def test_a_page_shows_both_sides_of_every_hunk():
