@@ -70,11 +70,11 @@ def main():
     names = sorted(path.stem for path in ROOT.glob("*.py"))
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("pair", nargs="*", choices=[*names, []], metavar="SCRIPT")
+    parser.add_argument("pair", nargs="*", metavar="SCRIPT", help=", ".join(names))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmark" / "diffs")
     args = parser.parse_args()
-    if len(args.pair) not in (0, 2):
-        parser.error("two scripts, or none for all pairs of the README")
+    if len(args.pair) not in (0, 2) or not set(args.pair) <= set(names):
+        parser.error(f"two of {', '.join(names)}, or none for all pairs of the README")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "style.css").write_text(STYLE)
     for a, b in [args.pair] if args.pair else PAIRS:

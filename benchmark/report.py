@@ -106,6 +106,8 @@ def loose(folders):
     groups = {}
     for folder in folders:
         args = json.loads((folder / "args.json").read_text())
+        if not {"env_id", "seed", "total_frames", "action_repeat"} <= args.keys():
+            continue  # another program's
         script, seed = (folder.name.split("__") + [folder.name])[1], args["seed"]
         args = {k: v for k, v in args.items() if k not in NOT_THE_METHOD}
         runs = groups.setdefault((script, args["env_id"], json.dumps(args)), {})
@@ -133,7 +135,11 @@ def load(folders):
     metas = sorted({path.parent for folder in folders for path in folder.rglob("meta.json")})
     runs = sorted({path.parent for folder in folders for path in folder.rglob("args.json")
                    if not any(meta in path.parents for meta in metas)})  # fmt: skip
-    return [collected(folder) for folder in metas] + loose(runs)
+    curves, names = [collected(folder) for folder in metas], [folder.name for folder in metas]
+    labels = [(c.env_id, c.label) for c in curves]
+    curves = [c._replace(label=f"{c.label} ({name})") if labels.count((c.env_id, c.label)) > 1
+              else c for c, name in zip(curves, names, strict=True)]  # of different studies
+    return curves + loose(runs)
 
 
 def published(name, env_id):

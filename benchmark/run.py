@@ -335,7 +335,7 @@ def run_ray(jobs, args, show):
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--scripts", nargs="+", default=SCRIPTS, choices=SCRIPTS)
+    parser.add_argument("--scripts", nargs="+", default=[], choices=SCRIPTS)
     parser.add_argument("--env-ids", nargs="+", help="tasks (each script's default)")
     parser.add_argument("--study", choices=studies.STUDIES, help="of studies.py, instead of both")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
@@ -346,6 +346,10 @@ def main():
     parser.add_argument("--dry-run", action="store_true", help="only print what would be run")
     parser.add_argument("flags", nargs="*", help="of the scripts, after --")
     args = parser.parse_args()
+    if bool(args.study) == bool(args.scripts) or args.study and args.env_ids:
+        parser.error("give --scripts (and --env-ids), or a --study, which has its own")
+    if args.flags and not args.flags[0].startswith("-"):
+        parser.error(f"{args.flags[0]} is not a flag of the scripts; those come after --")
     if args.workers < 1 or not 0 <= args.gpus_per_run <= 1:
         parser.error("--workers must be at least 1, --gpus-per-run from 0 to 1")
     jobs = jobs_of(args)
@@ -357,8 +361,6 @@ def main():
     share = int(1 / args.gpus_per_run) if args.gpus_per_run else 0
     if share and args.engine == "local" and args.workers > share * len(gpus()):
         parser.error(f"{len(gpus())} GPUs here have room for {share * len(gpus())} --workers")
-    if args.study and args.env_ids:
-        parser.error("a --study has its own tasks: leave out --env-ids")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(Path(args.out) / "lock")  # two would write to the same runs
     try:
@@ -366,10 +368,16 @@ def main():
     except filelock.Timeout:
         sys.exit(f"error: another benchmark/run.py is at work in {args.out}; see --out")
     began = time.monotonic()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.default_int_handler)
+
+    def show(running):
+        collect(jobs)  # for a report of what there is so far
+        table(jobs, running, began, args.workers)
+
     try:
-        {"local": run_local, "ray": run_ray}[args.engine](
-            todo, args, lambda running: table(jobs, running, began, args.workers))
+        {"local": run_local, "ray": run_ray}[args.engine](todo, args, show)
     except KeyboardInterrupt:
         print("stopped; the same command goes on", file=sys.stderr)
         return 130

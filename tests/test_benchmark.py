@@ -74,13 +74,13 @@ def test_every_study_is_made_of_commands_that_the_scripts_take(name):
 def test_the_readmes_variants_with_a_published_figure_are_in_a_study(section, names):
     """The flags of the tables' rows, in the order in which they stand there."""
     text = (ROOT / "README.md").read_text().split(f"## {section}\n")[1].split("\n## ")[0]
-    known = " ".join(v.flags for name in names for v in studies.STUDIES[name].values())
+    known = [f" {v.flags} " for name in names for v in studies.STUDIES[name].values()]
     rows = [row.split("|") for row in text.splitlines() if row.startswith("| ")]
     rows = [row for row in rows if section == "SAC+AE" or re.search(r"figure|\d / \d", row[3])]
     flags = [flag for row in rows for flag in row[2].split("`")[1::2]
              if flag.startswith("--") and "variance" not in flag and "--obs state" not in flag]
     assert len(flags) > 4
-    assert not [flag for flag in flags if flag not in known]
+    assert not [flag for flag in flags if not any(f" {flag} " in k for k in known)]
 
 
 def test_studies_print_commands():
@@ -107,6 +107,16 @@ def test_dry_run_prints_the_product(tmp_path):
         module = importlib.import_module(script)
         tyro.cli(module.Args, args=shlex.split(line)[2:])
     assert len({line.split("--runs-dir ")[1] for line in lines}) == 8
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("line", ["", "--study curves --scripts slac", "--scripts slac cheetah",
+                                  "--study curves --env-ids cheetah-run", "--scripts slac -- word"])
+def test_bad_usage_of_run(line, tmp_path):
+    """One line that says what is wrong; above all, nothing is run."""
+    process = bench(*line.split(), cwd=tmp_path)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 2 and "error: " in errors.splitlines()[-1]
     assert not list(tmp_path.iterdir())
 
 
@@ -211,7 +221,8 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
 
 @pytest.mark.parametrize(("engine", "number"), [
-    ("local", signal.SIGINT), ("ray", signal.SIGTERM), ("ray", signal.SIGINT)])
+    ("local", signal.SIGINT), ("local", signal.SIGHUP), ("ray", signal.SIGTERM),
+    ("ray", signal.SIGINT)])
 def test_a_signal_stops_all_runs_with_a_checkpoint_and_the_command_goes_on(
         tmp_path, undisturbed, engine, number):
     pytest.importorskip("ray" if engine == "ray" else "json")
@@ -384,6 +395,15 @@ def test_area_tasks_and_the_published_value(tmp_path):
     assert f"| {np.interp(500_000, x, y):.0f} | 2.0 |" in text
 
 
+def test_curves_of_one_label_are_told_apart_by_their_studies(tmp_path):
+    for study in ("one", "two"):
+        write_group(tmp_path / study, "SAC+AE", "cheetah-run", {1: [1, 2]})
+    write_group(tmp_path / "three", "SAC+AE", "walker-walk", {1: [1, 2]})
+    labels = [(c.env_id, c.label) for c in report.load([tmp_path])]
+    assert labels == [("cheetah-run", "SAC+AE (one)"), ("walker-walk", "SAC+AE"),
+                      ("cheetah-run", "SAC+AE (two)")]
+
+
 def test_run_folders_are_read_as_the_scripts_leave_them(finished, tmp_path):
     """Grouped by their arguments; the label says what differs; unfinished ones count as failed."""
     for run_dir in finished[0].glob("*balance*/*/*__sac_ae__*"):
@@ -395,6 +415,8 @@ def test_run_folders_are_read_as_the_scripts_leave_them(finished, tmp_path):
             if tau == 0.02:
                 args["total_frames"] = 10**6
             (copy / "args.json").write_text(json.dumps(args))
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "args.json").write_text('{"seed": 3}')
     two, one = sorted(report.load([tmp_path]), key=lambda c: c.label)
     assert one.label.startswith("sac_ae total_frames=4000 critic_tau=0.01")
     assert sorted(one.rows) == [1, 2] and not one.failed and sorted(two.failed) == [1, 2]
