@@ -98,6 +98,8 @@ class Args:
     image_size: int = 64  # side of the square image [pixels]
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there, else mps, else cpu
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of matrix products and convs in updates
+    cuda_graph: bool = False  # launch an update, or an action, at once (needs --device cuda)
     replay_capacity: int = 2_000_000  # rows, one per step and episode start, or the run's if less
     warmup_steps: int = 1000  # uniformly random steps before the first update (code 1000)
     pretrain_updates: int = 100  # updates at the end of the warm-up (code 100)
@@ -153,8 +155,9 @@ MAY_BE_ZERO = {"action_repeat", "catch_up_updates", "infonce_weight", "entropy_w
                "free_nats", "gamma", "kl_balance", "kl_scale", "mask_ratio", "pretrain_updates",
                "return_lambda", "seed", "shift", "spr_weight", "weight_decay"}  # fmt: skip
 AT_MOST_ONE = {"encoder_tau", "gamma", "kl_balance", "mask_ratio", "reset_alpha", "return_lambda"}
-FREE_ON_RESUME = {"checkpoint_every_frames", "device", "eval_episodes", "eval_every_frames",
-                  "resume", "runs_dir", "smoke", "total_frames", "track", "video"}  # fmt: skip
+FREE_ON_RESUME = {"checkpoint_every_frames", "cuda_graph", "device", "eval_episodes",
+                  "eval_every_frames", "precision", "resume", "runs_dir", "smoke", "total_frames",
+                  "track", "video"}  # fmt: skip
 
 
 def refuse(name, why):
@@ -242,12 +245,14 @@ def check_algorithm(args):
     decoded, encoded, kernels = 1, args.image_size, args.decoder_kernels
     for kernel in kernels:
         decoded, encoded = 2 * (decoded - 1) + kernel, (encoded - 4) // 2 + 1
-    if len(kernels) < 2 or encoded < 1:
-        refuse("decoder_kernels", "there must be two conv layers at least, and no more than an "
-               f"image of {args.image_size} can be halved by")  # fmt: skip
+    if len(kernels) < 2:
+        refuse("decoder_kernels", "there must be two conv layers at least")
     if decoded != args.image_size:
         refuse("image_size", f"{args.image_size} is not where the --decoder-kernels "
                f"{' '.join(map(str, kernels))} end; use {decoded}")  # fmt: skip
+    if encoded < 1:
+        refuse("decoder_kernels", f"{len(kernels)} convs need a larger image than {decoded}; use "
+               "larger kernels or fewer")  # fmt: skip
     capacity = max(1000, args.replay_capacity)  # less is refused elsewhere
     most = min(500 // args.action_repeat, args.warmup_steps // 2, capacity // 4)
     if not 2 <= args.sequence_length <= most:
@@ -271,6 +276,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from dm_control import suite
 from dm_control.mujoco.engine import Camera
+from filelock import FileLock, Timeout
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -383,6 +390,11 @@ class PixelEnv:
 # ---- ReplayBuffer (shared: the same text in every script) ---------------------------------------
 
 
+def upload(values, device):
+    """Array, number or tensor as a tensor on `device`; CUDA takes a copy and nothing waits."""
+    return torch.as_tensor(values).to(device, non_blocking=device.startswith("cuda"))
+
+
 class ReplayBuffer:
     """Ring of rows on `device`. Every image is kept once, as uint8; stacks are made when sampled.
 
@@ -413,7 +425,7 @@ class ReplayBuffer:
         slot, before = self.row % self.capacity, (self.row - 1) % self.capacity
         self.start[slot] = self.row if step.first else self.start[before]
         for name, column in self.columns.items():
-            column[slot] = torch.as_tensor(getattr(step, name))
+            column[slot] = upload(getattr(step, name), self.device)
         self.row += 1
 
     def draw(self, rng, count, first, length, together):
@@ -431,7 +443,7 @@ class ReplayBuffer:
 
     def gather(self, column, rows):
         """Rows of a column, (*rows.shape, ...). On a CPU index_select is much faster than [ ]."""
-        slots = torch.as_tensor(rows.ravel() % self.capacity).to(self.device)
+        slots = upload(rows.ravel() % self.capacity, self.device)
         return self.columns[column].index_select(0, slots).unflatten(0, rows.shape)
 
     def transitions(self, rng, batch_size, stack):
@@ -452,7 +464,7 @@ class ReplayBuffer:
         `together` are of one episode; where is_first, one starts."""
         rows = self.draw(rng, batch_size, max(0, self.row - self.capacity), length, together)
         rows = rows[:, None] + np.arange(length)
-        is_first = torch.as_tensor(self.start[rows % self.capacity] == rows).to(self.device)
+        is_first = upload(self.start[rows % self.capacity] == rows, self.device)
         return {"is_first": is_first, **{key: self.gather(key, rows) for key in self.columns}}
 
     def save(self, folder):
@@ -504,12 +516,20 @@ def weight_init(module):
         module.reset_parameters()
 
 
+class Linear32(nn.Linear):
+    """A layer that stays in float32 whatever --precision: values, logits and means need it."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
 def mlp(in_dim, hidden_dim, layers, out_dim):
     """Hidden ELU layers and a linear one."""
     dims, net = [in_dim] + layers * [hidden_dim], []
     for i in range(layers):
         net += [nn.Linear(dims[i], dims[i + 1]), nn.ELU()]
-    return nn.Sequential(*net, nn.Linear(dims[-1], out_dim))
+    return nn.Sequential(*net, Linear32(dims[-1], out_dim))
 
 
 def preprocess(obs):
@@ -634,8 +654,8 @@ class RSSM(nn.Module):
         self.gru_in = nn.Linear(self.z_dim + action_dim, n)
         self.gru = nn.Linear(n + self.h_dim, 3 * self.h_dim)
         self.gru_norm = nn.LayerNorm(3 * self.h_dim, eps=1e-3)
-        self.prior_in, self.prior_out = nn.Linear(self.h_dim, n), nn.Linear(n, self.z_dim)
-        self.post_in, self.post_out = nn.Linear(self.h_dim + e_dim, n), nn.Linear(n, self.z_dim)
+        self.prior_in, self.prior_out = nn.Linear(self.h_dim, n), Linear32(n, self.z_dim)
+        self.post_in, self.post_out = nn.Linear(self.h_dim + e_dim, n), Linear32(n, self.z_dim)
 
     def noise(self, *shape):
         """Uniform noise (*shape, S, K), of which a z is drawn."""
@@ -717,12 +737,13 @@ class Agent(nn.Module):
         self.discount = head(f_dim, out_dim=1) if args.discount_head else None
         self.masked_decoder = Decoder(spec.obs_shape, e_dim, args) if mask else None
         self.masked_reward = head(e_dim, out_dim=1) if mask else None
-        self.similarity = nn.Linear(128, 128) if contrast else None
+        self.similarity = Linear32(128, 128) if contrast else None
         self.predictor = head(f_dim, out_dim=e_dim) if spr else None
-        self.projection = nn.Linear(e_dim, 128) if contrast or spr else None
+        self.projection = Linear32(e_dim, 128) if contrast or spr else None
         self.world = [name for name, _ in self.named_children()]  # what J(M) trains
         self.actor = Actor(f_dim, spec.action_dim, args)
         self.critic = head(f_dim, out_dim=1)
+        self.register_buffer("reset_count", torch.zeros(1, 1, dtype=torch.int64))  # so far
         self.apply(weight_init).to(args.device, memory_format=torch.channels_last)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)  # D6
         if self.projection is not None:
@@ -748,16 +769,14 @@ class Agent(nn.Module):
         """Action (A,) for a Step, and the state to carry on; None: an episode starts."""
         obs = torch.as_tensor(step.obs, device=self.args.device)[None, None]
         action = torch.as_tensor(step.action, device=self.args.device)[None, None]
-        resets = self.resets(self.updates - 1)  # so far; the next may come before the next update
-        if carry is None or carry["resets"] != resets:  # a state means nothing to fresh weights
-            carry = {"z": None, "h": None}
-        is_first = torch.tensor([[carry["z"] is None]], device=obs.device)
+        carry = carry or {"z": None, "h": None, "reset_count": self.reset_count - 1}
+        is_first = carry["reset_count"] != self.reset_count  # state of other weights
         *_, e = self.encode(obs, self.encoder)
         noise = self.rssm.noise(1, 1)
         z, h, *_ = self.rssm.observe(e, action, is_first, noise, carry["z"], carry["h"])
         loc, std = self.actor(torch.cat([z, h], -1)[0])
         action = truncated_normal(loc, std, torch.rand_like(loc))[0] if explore else loc
-        return action[0].cpu(), {"z": z[0], "h": h[0], "resets": resets}
+        return action[0], {"z": z[0], "h": h[0], "reset_count": self.reset_count.clone()}
 
     def encode(self, obs, encoder):
         """Of uint8 images (B, T, C, H, W): in [-0.5, 0.5] (B * T, C, H, W), their feature maps
@@ -905,10 +924,19 @@ class Agent(nn.Module):
             soft_update(fresh, module, self.args.reset_alpha)
             for optimizer in self.optimizers.values():
                 for p in module.parameters():
-                    optimizer.state.pop(p, None)
+                    for moment in optimizer.state.get(p, {}).values():
+                        moment.zero_()
         for name, module in self.named_children():
             if f"target_{name}" in self._modules and name in names:
                 soft_update(module, self.get_submodule(f"target_{name}"), 1.0)
+        self.reset_count += 1
+
+    def cadence(self):
+        """Whether this update comes after a reset, and moves the model, the policy, the target."""
+        args, n = self.args, self.updates
+        every = args.model_every_updates, args.behavior_every_updates
+        target = every[1] * args.target_every_updates
+        return (self.resets(n) > self.resets(n - 1), *(n % k == 0 for k in (*every, target)))
 
     def sample(self, buffer, rng):
         """The sequences that update() takes; the model starts anew at the first row of each."""
@@ -918,10 +946,10 @@ class Agent(nn.Module):
         batch["is_first"][:, 0] = True
         return batch
 
-    def update_model(self, batch):
+    def update_model(self, batch, due):
         """One step of the model, if it is due; then states z (B, T, Z), h (B, T, D) as the model
         before that step saw them, and metrics."""
-        args, due = self.args, self.updates % self.args.model_every_updates == 0
+        args = self.args
         with torch.set_grad_enabled(due):
             images, maps, e = self.encode(random_shift(batch["obs"], args.shift), self.encoder)
             noise = self.rssm.noise(*e.shape[:2])
@@ -937,7 +965,7 @@ class Agent(nn.Module):
             soft_update(self.projection, self.target_projection, args.encoder_tau)
         return *states[:2], metrics
 
-    def update_behavior(self, z, h, first_discount):
+    def update_behavior(self, z, h, first_discount, target_due):
         """One step of actor and critic from states z (N, Z), h (N, D) and their discounts (N,)."""
         features, entropies = self.imagine(z, h)  # [Bednarz alg. 1:5]
         discount, weights = self.discounts(features, first_discount)  # [Bednarz alg. 1:6]
@@ -946,21 +974,21 @@ class Agent(nn.Module):
         critic_loss = self.critic_loss(features, returns, weights)
         minimize(actor_loss, self.optimizers["actor"])
         minimize(critic_loss, self.optimizers["critic"])
-        every = self.args.behavior_every_updates * self.args.target_every_updates
-        if self.updates % every == 0:
+        if target_due:
             soft_update(self.critic, self.target_critic, 1.0)
         return {"loss/actor": actor_loss, "loss/critic": critic_loss,
                 "stat/entropy": entropies.mean(), "stat/imagined_return": returns.mean()}
 
     def update(self, batch):
         """One update from a batch of sample(); metrics as 0-d tensors."""
-        if self.resets(self.updates) > self.resets(self.updates - 1):
+        reset_due, model_due, behavior_due, target_due = self.cadence()
+        if reset_due:
             self.reset()
-        z, h, metrics = self.update_model(batch)  # [Bednarz alg. 1:4]
-        if self.updates % self.args.behavior_every_updates == 0:
+        z, h, metrics = self.update_model(batch, model_due)  # [Bednarz alg. 1:4]
+        if behavior_due:
             start = [x.detach().flatten(0, 1) for x in (z, h)]  # the model has losses of its own
             discount = batch["discount"].flatten()
-            metrics |= self.update_behavior(*start, discount)  # [Bednarz alg. 1:7]
+            metrics |= self.update_behavior(*start, discount, target_due)  # [Bednarz alg. 1:7]
         self.updates += 1
         return {name: value.detach() for name, value in metrics.items()}
 
@@ -1182,6 +1210,61 @@ def load_checkpoint(payload, run_dir, agent, buffer, env, rng):
     return progress, step
 
 
+# ---- CUDA graphs (shared; a reader can skip them) ------------------------------------------------
+
+
+def autocast(args):
+    """What updates run in: with --precision bf16, convs and matrix products in bfloat16. Without a
+    cache of converted weights, as they change in the middle of an update."""
+    return torch.autocast(args.device.split(":")[0], torch.bfloat16, args.precision == "bf16",
+                          cache_enabled=False)  # fmt: skip
+
+
+class CudaGraph:
+    """Takes the place of an agent's method: records what that launches on the GPU, and from then on
+    launches it all at once, on inputs at fixed places.
+
+    There is a recording for each form of the inputs (nested tensors, arrays, numbers, None), each
+    value of the bools among them, the options and cadence(). Whatever else the method reads or
+    changes must lie on the GPU; only agent.updates may be counted besides.
+    """
+
+    def __init__(self, agent, name, cadence):
+        self.agent, self.method, self.cadence = agent, getattr(agent, name), cadence
+        self.calls, self.graphs, self.stream = {}, {}, torch.cuda.Stream()
+        setattr(agent, name, self)
+
+    def __call__(self, *inputs, **options):
+        agent, now = self.agent, torch.cuda.current_stream()
+        inputs = tree_map(lambda v: v if v is None or isinstance(v, bool) else
+                          upload(v, agent.args.device), inputs)  # fmt: skip
+        shapes = tree_map_only(torch.Tensor, lambda tensor: tensor.shape, inputs)
+        key = str((shapes, options, self.cadence()))
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] <= 3:  # the first calls choose algorithms and make Adam's moments
+            self.stream.wait_stream(now)
+            with torch.cuda.stream(self.stream):
+                outputs = self.method(*inputs, **options)
+            now.wait_stream(self.stream)
+            return outputs
+        if key not in self.graphs:
+            for group in (g for o in agent.optimizers.values() for g in o.param_groups):
+                group["capturable"] = True
+            places = tree_map_only(torch.Tensor, torch.clone, inputs)
+            graph, before = torch.cuda.CUDAGraph(), agent.updates
+            with torch.cuda.graph(graph):  # launches nothing
+                outputs = self.method(*places, **options)
+            self.graphs[key] = graph, places, outputs, agent.updates - before
+            agent.updates = before
+        graph, places, outputs, updates = self.graphs[key]
+        for place, value in zip(tree_leaves(places), tree_leaves(inputs), strict=True):
+            if isinstance(place, torch.Tensor):
+                place.copy_(value)
+        graph.replay()
+        agent.updates += updates
+        return tree_map_only(torch.Tensor, torch.clone, outputs)
+
+
 # ---- train (shared: the same text in every script) ----------------------------------------------
 
 
@@ -1228,6 +1311,9 @@ def train(args, run_dir, interrupt, payload=None):
     eval_env, eval_seed = make_env(args, 0, video_size=video_size), args.seed + 2**31
     agent = Agent(args, env.spec)
     buffer = ReplayBuffer(replay_rows(args), env.spec, args.device)
+    if args.cuda_graph:
+        CudaGraph(agent, "update", agent.cadence)
+        CudaGraph(agent, "act", tuple)
     total_steps = args.total_frames // args.action_repeat
     eval_steps = max(1, args.eval_every_frames // args.action_repeat)
 
@@ -1256,12 +1342,13 @@ def train(args, run_dir, interrupt, payload=None):
     clock, began = time.monotonic() - now["wall_s"], None
     while now["step"] < total_steps:
         if now["action"] is None:
-            now["action"], now["carry"] = agent.act(step, now["carry"], explore=True)
-            if now["step"] < args.warmup_steps:  # above, only the carry counted
-                now["action"] = random_action()
+            action, now["carry"] = agent.act(step, now["carry"], explore=True)
+            warm = now["step"] >= args.warmup_steps  # before, only the carry counts
+            now["action"] = action.cpu() if warm else random_action()
         wanted = updates_due(args, now["step"])
         while agent.updates < wanted and not interrupt.signal:
-            now["metrics"] |= agent.update(agent.sample(buffer, rng))
+            with autocast(args):
+                now["metrics"] |= agent.update(agent.sample(buffer, rng))
             if agent.updates == 10:
                 began = time.monotonic()
             elif agent.updates == 30 and began and args.device == "cpu":
@@ -1355,6 +1442,10 @@ def main(args):
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as e:
         refuse("device", f"{args.device} cannot be used; try auto ({str(e).splitlines()[0]})")
+    if args.cuda_graph and not args.device.startswith("cuda"):
+        refuse("cuda_graph", f"{args.device} has none; only --device cuda does")
+    tf32 = args.precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     if args.evaluate:
         print("summary " + json.dumps(play(args) | {"run_dir": args.evaluate}))
         return
@@ -1367,12 +1458,7 @@ def main(args):
         refuse("replay_capacity", f"{rows} rows of {row_bytes} bytes are {size / 2**30:.1f} GiB, "
                f"{free / 2**30:.1f} are free; at most {int(0.9 * free / row_bytes)}")  # fmt: skip
     payload, run_dir = None, Path(args.resume)
-    if args.resume:
-        payload = read_checkpoint(run_dir, "resume", args.device)
-        for name, was in vars(make_args(payload["args"])).items():
-            if name not in FREE_ON_RESUME and was != getattr(args, name):
-                refuse(name, f"the run has {was}; for another value start a new run")
-    else:
+    if not args.resume:
         stamp = time.strftime("%Y%m%d-%H%M%S-") + str(os.getpid())
         names = args.env_id, Path(__file__).stem, str(args.seed), stamp
         run_dir = Path(args.runs_dir, "__".join(names))
@@ -1381,6 +1467,19 @@ def main(args):
             (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
         except OSError as e:
             refuse("runs_dir", f"{run_dir} cannot be made ({e.strerror})")
+    lock, probe = FileLock(run_dir / "lock"), run_dir / "probe"
+    try:
+        lock.acquire(timeout=0)  # until this process ends, in whatever way
+        probe.write_bytes(bytes(2**20))
+        probe.unlink()
+    except (OSError, Timeout) as e:
+        refuse("resume" if args.resume else "runs_dir", f"another process is at work in {run_dir}, "
+               f"or it cannot be written to ({e})")  # fmt: skip
+    if args.resume:
+        payload = read_checkpoint(run_dir, "resume", args.device)
+        for name, was in vars(make_args(payload["args"])).items():
+            if name not in FREE_ON_RESUME and was != getattr(args, name):
+                refuse(name, f"the run has {was}; for another value start a new run")
     print(f"{args.env_id}, seed {args.seed}, {args.device}, in {run_dir}\nreplay: {rows:,} rows of "
           f"{row_bytes:,} bytes, {size / 2**30:.2f} GiB of {free / 2**30:.1f} free", flush=True)
     interrupt = Interrupt()

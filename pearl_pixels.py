@@ -91,6 +91,8 @@ class Args:
     image_size: int = 64  # side of the square image [pixels]
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there, else mps, else cpu
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of matrix products and convs in updates
+    cuda_graph: bool = False  # launch an update, or an action, at once (needs --device cuda)
     replay_capacity: int = 1_000_000  # rows, one per step and episode start, or the run's if less
     batch_size: int = 64  # samples per update (transitions, of each task; code 256)
     eval_every_frames: int = 20_000  # distance between evaluations [frames]
@@ -144,9 +146,9 @@ MAY_BE_ZERO = {"action_repeat", "cnn_pretrain_updates", "decoder_weight_decay", 
                "gamma", "kl_lambda", "latent_weight", "posterior_steps", "prior_steps",
                "rl_weight", "seed", "task_seed", "trajectory_steps"}  # fmt: skip
 AT_MOST_ONE = {"encoder_tau", "gamma", "tau"}
-FREE_ON_RESUME = {"checkpoint_every_frames", "device", "eval_episodes", "eval_every_frames",
-                  "replay_capacity", "resume", "runs_dir", "smoke", "total_frames", "track",
-                  "video"}  # fmt: skip
+FREE_ON_RESUME = {"checkpoint_every_frames", "cuda_graph", "device", "eval_episodes",
+                  "eval_every_frames", "precision", "replay_capacity", "resume", "runs_dir",
+                  "smoke", "total_frames", "track", "video"}  # fmt: skip
 HORIZON = {  # families of tasks, and the steps of their trajectories
     "cheetah-vel": 200, "cheetah-dir": 200, "walker-vel": 200, "cartpole-goal": 200,
     "reacher-goal": 100, "point-goal": 20, "pendulum-goal2": 25, "pendulum-goal": 25,
@@ -274,6 +276,8 @@ from dm_control import suite
 from dm_control.mujoco.engine import Camera
 from dm_control.rl import control
 from dm_control.utils import rewards
+from filelock import FileLock, Timeout
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -532,6 +536,11 @@ class PixelEnv:
 # ---- ReplayBuffer (shared: the same text in every script) ---------------------------------------
 
 
+def upload(values, device):
+    """Array, number or tensor as a tensor on `device`; CUDA takes a copy and nothing waits."""
+    return torch.as_tensor(values).to(device, non_blocking=device.startswith("cuda"))
+
+
 class ReplayBuffer:
     """Ring of rows on `device`. Every image is kept once, as uint8; stacks are made when sampled.
 
@@ -562,7 +571,7 @@ class ReplayBuffer:
         slot, before = self.row % self.capacity, (self.row - 1) % self.capacity
         self.start[slot] = self.row if step.first else self.start[before]
         for name, column in self.columns.items():
-            column[slot] = torch.as_tensor(getattr(step, name))
+            column[slot] = upload(getattr(step, name), self.device)
         self.row += 1
 
     def draw(self, rng, count, first, length, together):
@@ -580,7 +589,7 @@ class ReplayBuffer:
 
     def gather(self, column, rows):
         """Rows of a column, (*rows.shape, ...). On a CPU index_select is much faster than [ ]."""
-        slots = torch.as_tensor(rows.ravel() % self.capacity).to(self.device)
+        slots = upload(rows.ravel() % self.capacity, self.device)
         return self.columns[column].index_select(0, slots).unflatten(0, rows.shape)
 
     def transitions(self, rng, batch_size, stack):
@@ -601,7 +610,7 @@ class ReplayBuffer:
         `together` are of one episode; where is_first, one starts."""
         rows = self.draw(rng, batch_size, max(0, self.row - self.capacity), length, together)
         rows = rows[:, None] + np.arange(length)
-        is_first = torch.as_tensor(self.start[rows % self.capacity] == rows).to(self.device)
+        is_first = upload(self.start[rows % self.capacity] == rows, self.device)
         return {"is_first": is_first, **{key: self.gather(key, rows) for key in self.columns}}
 
     def save(self, folder):
@@ -638,7 +647,7 @@ class TaskBuffer(ReplayBuffer):
     def watch(self, thetas, rl, enc, latent_dim):
         """Takes the tasks' parameters and lists; the parameters also as a z (tasks, L)."""
         self.task_thetas, self.rl, self.enc = thetas, rl, enc
-        self.thetas = torch.stack([as_z(theta, latent_dim) for theta in thetas]).to(self.device)
+        self.thetas = torch.stack([as_z(theta, latent_dim) for theta in thetas])
 
     def pick(self, starts, rng, count):
         """Rows (count,) at which transitions of trajectories begin, with replacement."""
@@ -679,12 +688,20 @@ def free_memory(device):
 # ---- helpers -----------------------------------------------------------------------------------
 
 
+class Linear32(nn.Linear):
+    """A layer that stays in float32 whatever --precision: values, logits and means need it."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
 def mlp(in_dim, hidden_dim, layers, out_dim, last=3e-3):
     """Hidden ReLU layers and a linear one, which starts near zero."""  # D8
     dims, net = [in_dim] + layers * [hidden_dim], []
     for i in range(layers):
         net += [nn.Linear(dims[i], dims[i + 1]), nn.ReLU()]
-    net.append(nn.Linear(dims[-1], out_dim))
+    net.append(Linear32(dims[-1], out_dim))
     for p in net[-1].parameters():
         nn.init.uniform_(p, -last, last)
     return nn.Sequential(*net)
@@ -744,7 +761,7 @@ class Encoder(nn.Module):
         for stride in args.conv_strides:
             layers += [nn.Conv2d(channels, args.filters, 3, stride), nn.ReLU()]
             channels = args.filters
-        layers += [nn.Flatten(), nn.Linear(channels * sizes[-1] ** 2, x_dim)]
+        layers += [nn.Flatten(), Linear32(channels * sizes[-1] ** 2, x_dim)]
         self.net = nn.Sequential(*layers, *([nn.LayerNorm(x_dim), nn.Tanh()] if bounded else []))
 
     def forward(self, obs):
@@ -859,7 +876,7 @@ class Agent(nn.Module):
         x = self.see(obs, state, carry["true_state"])
         mean, log_std = self.policy(x, carry["z"])
         action = tanh_gaussian(mean, log_std)[0] if explore else torch.tanh(mean)
-        return action[0].cpu(), {**carry, "stack": obs, "x": x}
+        return action[0], {**carry, "stack": obs, "x": x}
 
     def kl_loss(self, mu, var):
         """KL(q(z | c) || N(0, I)) of (T, L), summed over both."""
@@ -925,7 +942,8 @@ class Agent(nn.Module):
         tasks = rng.integers(0, len(buffer.rl), args.meta_batch)  # [PEARL alg. 1:12]
         transitions = np.stack([buffer.pick(buffer.rl[i], rng, args.batch_size) for i in tasks])
         context = np.stack([buffer.pick(buffer.enc[i], rng, args.context_size) for i in tasks])
-        context = buffer.at(context, args.frame_stack) | {"theta": buffer.thetas[tasks]}
+        context = buffer.at(context, args.frame_stack)
+        context["theta"] = upload(buffer.thetas[tasks], args.device)
         transitions = buffer.at(transitions, args.frame_stack)
         return {"transitions": transitions, "context": context}  # [PEARL alg. 1:13]
 
@@ -1048,6 +1066,8 @@ def play_trajectory(agent, env, carry, explore, film=None):
         if film is not None:
             film.append(env.render(256).copy())
         action, carry = agent.act(steps[-1], carry, explore)
+        if not action.isfinite().all():
+            check_finite({"the action": math.nan}, agent.updates)
         xs.append(carry["x"])
         steps.append(env.step(action))
     return steps, [*xs, agent.act(steps[-1], carry, explore=False)[1]["x"]]
@@ -1270,6 +1290,61 @@ def load_checkpoint(payload, run_dir, agent, buffer, env, rng):
     return progress, step
 
 
+# ---- CUDA graphs (shared; a reader can skip them) ------------------------------------------------
+
+
+def autocast(args):
+    """What updates run in: with --precision bf16, convs and matrix products in bfloat16. Without a
+    cache of converted weights, as they change in the middle of an update."""
+    return torch.autocast(args.device.split(":")[0], torch.bfloat16, args.precision == "bf16",
+                          cache_enabled=False)  # fmt: skip
+
+
+class CudaGraph:
+    """Takes the place of an agent's method: records what that launches on the GPU, and from then on
+    launches it all at once, on inputs at fixed places.
+
+    There is a recording for each form of the inputs (nested tensors, arrays, numbers, None), each
+    value of the bools among them, the options and cadence(). Whatever else the method reads or
+    changes must lie on the GPU; only agent.updates may be counted besides.
+    """
+
+    def __init__(self, agent, name, cadence):
+        self.agent, self.method, self.cadence = agent, getattr(agent, name), cadence
+        self.calls, self.graphs, self.stream = {}, {}, torch.cuda.Stream()
+        setattr(agent, name, self)
+
+    def __call__(self, *inputs, **options):
+        agent, now = self.agent, torch.cuda.current_stream()
+        inputs = tree_map(lambda v: v if v is None or isinstance(v, bool) else
+                          upload(v, agent.args.device), inputs)  # fmt: skip
+        shapes = tree_map_only(torch.Tensor, lambda tensor: tensor.shape, inputs)
+        key = str((shapes, options, self.cadence()))
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] <= 3:  # the first calls choose algorithms and make Adam's moments
+            self.stream.wait_stream(now)
+            with torch.cuda.stream(self.stream):
+                outputs = self.method(*inputs, **options)
+            now.wait_stream(self.stream)
+            return outputs
+        if key not in self.graphs:
+            for group in (g for o in agent.optimizers.values() for g in o.param_groups):
+                group["capturable"] = True
+            places = tree_map_only(torch.Tensor, torch.clone, inputs)
+            graph, before = torch.cuda.CUDAGraph(), agent.updates
+            with torch.cuda.graph(graph):  # launches nothing
+                outputs = self.method(*places, **options)
+            self.graphs[key] = graph, places, outputs, agent.updates - before
+            agent.updates = before
+        graph, places, outputs, updates = self.graphs[key]
+        for place, value in zip(tree_leaves(places), tree_leaves(inputs), strict=True):
+            if isinstance(place, torch.Tensor):
+                place.copy_(value)
+        graph.replay()
+        agent.updates += updates
+        return tree_map_only(torch.Tensor, torch.clone, outputs)
+
+
 # ---- train -------------------------------------------------------------------------------------
 
 
@@ -1367,6 +1442,9 @@ def train(args, run_dir, interrupt, payload=None):
         print(f"{len(train_thetas)} tasks to train on, {len(test_thetas)} to test on"
               + ", the same ones" * (train_thetas == test_thetas), flush=True)  # fmt: skip
     buffer.watch(train_thetas, now["rl"], now["enc"], args.latent_dim)
+    if args.cuda_graph:
+        CudaGraph(agent, "update", tuple)
+        CudaGraph(agent, "act", tuple)
     frames = buffer.row - sum(map(len, now["rl"]))
     logger = Logger(args, run_dir, now["step"], now["rows"])
     logger.bar.update(frames - now["step"])
@@ -1419,7 +1497,8 @@ def train(args, run_dir, interrupt, payload=None):
             if frames - now["saved"] >= args.checkpoint_every_frames:
                 save()
         elif now["updates"]:  # [PEARL alg. 1:11]
-            now["metrics"] |= agent.update(agent.sample(buffer, rng))
+            with autocast(args):
+                now["metrics"] |= agent.update(agent.sample(buffer, rng))
             now["updates"] -= 1
         elif now["iteration"] and not finish():
             break  # goes on with the evaluation
@@ -1499,6 +1578,10 @@ def main(args):
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as e:
         refuse("device", f"{args.device} cannot be used; try auto ({str(e).splitlines()[0]})")
+    if args.cuda_graph and not args.device.startswith("cuda"):
+        refuse("cuda_graph", f"{args.device} has none; only --device cuda does")
+    tf32 = args.precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     if args.evaluate:
         print("summary " + json.dumps(play(args) | {"run_dir": args.evaluate}))
         return
@@ -1511,12 +1594,7 @@ def main(args):
         refuse("replay_capacity", f"{rows} rows of {row_bytes} bytes are {size / 2**30:.1f} GiB, "
                f"{free / 2**30:.1f} are free; at most {int(0.9 * free / row_bytes)}")  # fmt: skip
     payload, run_dir = None, Path(args.resume)
-    if args.resume:
-        payload = read_checkpoint(run_dir, "resume", args.device)
-        for name, was in vars(make_args(payload["args"])).items():
-            if name not in FREE_ON_RESUME and was != getattr(args, name):
-                refuse(name, f"the run has {was}; for another value start a new run")
-    else:
+    if not args.resume:
         stamp = time.strftime("%Y%m%d-%H%M%S-") + str(os.getpid())
         names = args.env_id, Path(__file__).stem, str(args.seed), stamp
         run_dir = Path(args.runs_dir, "__".join(names))
@@ -1525,6 +1603,19 @@ def main(args):
             (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
         except OSError as e:
             refuse("runs_dir", f"{run_dir} cannot be made ({e.strerror})")
+    lock, probe = FileLock(run_dir / "lock"), run_dir / "probe"
+    try:
+        lock.acquire(timeout=0)  # until this process ends, in whatever way
+        probe.write_bytes(bytes(2**20))
+        probe.unlink()
+    except (OSError, Timeout) as e:
+        refuse("resume" if args.resume else "runs_dir", f"another process is at work in {run_dir}, "
+               f"or it cannot be written to ({e})")  # fmt: skip
+    if args.resume:
+        payload = read_checkpoint(run_dir, "resume", args.device)
+        for name, was in vars(make_args(payload["args"])).items():
+            if name not in FREE_ON_RESUME and was != getattr(args, name):
+                refuse(name, f"the run has {was}; for another value start a new run")
     print(f"{args.env_id}, seed {args.seed}, {args.device}, in {run_dir}\nreplay: {rows:,} rows of "
           f"{row_bytes:,} bytes, {size / 2**30:.2f} GiB of {free / 2**30:.1f} free", flush=True)
     interrupt = Interrupt()

@@ -89,6 +89,8 @@ class Args:
     image_size: int = 84  # side of the square image [pixels]
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there, else mps, else cpu
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of matrix products and convs in updates
+    cuda_graph: bool = False  # launch an update, or an action, at once (needs --device cuda)
     replay_capacity: int = 1_000_000  # rows, one per step and episode start, or the run's if less
     warmup_steps: int = 1000  # uniformly random steps before the first update (paper 1000)
     pretrain_updates: int = 1000  # updates at the end of the warm-up (authors' code 1000)
@@ -134,8 +136,9 @@ class Args:
 MAY_BE_ZERO = {"action_repeat", "alpha_beta1", "decoder_weight_decay", "gamma", "kl_weight",
                "latent_weight", "pretrain_updates", "seed"}  # fmt: skip
 AT_MOST_ONE = {"critic_tau", "encoder_tau", "gamma"}
-FREE_ON_RESUME = {"checkpoint_every_frames", "device", "eval_episodes", "eval_every_frames",
-                  "resume", "runs_dir", "smoke", "total_frames", "track", "video"}  # fmt: skip
+FREE_ON_RESUME = {"checkpoint_every_frames", "cuda_graph", "device", "eval_episodes",
+                  "eval_every_frames", "precision", "resume", "runs_dir", "smoke", "total_frames",
+                  "track", "video"}  # fmt: skip
 
 
 def refuse(name, why):
@@ -251,6 +254,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from dm_control import suite
 from dm_control.mujoco.engine import Camera
+from filelock import FileLock, Timeout
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -363,6 +368,11 @@ class PixelEnv:
 # ---- ReplayBuffer (shared: the same text in every script) ---------------------------------------
 
 
+def upload(values, device):
+    """Array, number or tensor as a tensor on `device`; CUDA takes a copy and nothing waits."""
+    return torch.as_tensor(values).to(device, non_blocking=device.startswith("cuda"))
+
+
 class ReplayBuffer:
     """Ring of rows on `device`. Every image is kept once, as uint8; stacks are made when sampled.
 
@@ -393,7 +403,7 @@ class ReplayBuffer:
         slot, before = self.row % self.capacity, (self.row - 1) % self.capacity
         self.start[slot] = self.row if step.first else self.start[before]
         for name, column in self.columns.items():
-            column[slot] = torch.as_tensor(getattr(step, name))
+            column[slot] = upload(getattr(step, name), self.device)
         self.row += 1
 
     def draw(self, rng, count, first, length, together):
@@ -411,7 +421,7 @@ class ReplayBuffer:
 
     def gather(self, column, rows):
         """Rows of a column, (*rows.shape, ...). On a CPU index_select is much faster than [ ]."""
-        slots = torch.as_tensor(rows.ravel() % self.capacity).to(self.device)
+        slots = upload(rows.ravel() % self.capacity, self.device)
         return self.columns[column].index_select(0, slots).unflatten(0, rows.shape)
 
     def transitions(self, rng, batch_size, stack):
@@ -432,7 +442,7 @@ class ReplayBuffer:
         `together` are of one episode; where is_first, one starts."""
         rows = self.draw(rng, batch_size, max(0, self.row - self.capacity), length, together)
         rows = rows[:, None] + np.arange(length)
-        is_first = torch.as_tensor(self.start[rows % self.capacity] == rows).to(self.device)
+        is_first = upload(self.start[rows % self.capacity] == rows, self.device)
         return {"is_first": is_first, **{key: self.gather(key, rows) for key in self.columns}}
 
     def save(self, folder):
@@ -488,11 +498,19 @@ def weight_init(module):
         nn.init.orthogonal_(centre, math.sqrt(2))
 
 
+class Linear32(nn.Linear):
+    """A layer that stays in float32 whatever --precision: values, logits and means need it."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
 def mlp(in_dim, hidden_dim, out_dim):
     """Two hidden ReLU layers."""
     return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(),
                          nn.Linear(hidden_dim, hidden_dim), nn.ReLU(),
-                         nn.Linear(hidden_dim, out_dim))  # fmt: skip
+                         Linear32(hidden_dim, out_dim))  # fmt: skip
 
 
 def preprocess(obs):
@@ -542,8 +560,8 @@ class Head(nn.Module):
 
     def __init__(self, h_dim, z_dim, stochastic):
         super().__init__()
-        self.fc, self.norm, self.squash = nn.Linear(h_dim, z_dim), nn.LayerNorm(z_dim), nn.Tanh()
-        self.log_std = nn.Linear(h_dim, z_dim) if stochastic else None
+        self.fc, self.norm, self.squash = Linear32(h_dim, z_dim), nn.LayerNorm(z_dim), nn.Tanh()
+        self.log_std = Linear32(h_dim, z_dim) if stochastic else None
 
     def gaussian(self, h):
         """Mean and log standard deviation (B, D) of q(z|o); None: deterministic."""
@@ -674,7 +692,7 @@ class Agent(nn.Module):
         stack = torch.cat([*old, obs], 1)  # (1, K * C, H, W)
         mu, log_std = self.actor(self.encoder.convs(preprocess(stack)))
         action = tanh_gaussian(mu, log_std)[0] if explore else torch.tanh(mu)
-        return action[0].cpu(), stack
+        return action[0], stack
 
     def critic_loss(self, obs, action, reward, discount, next_obs):
         """Squared TD error of both Qs; obs in [0, 1], action (B, A), reward, discount (B, 1)."""
@@ -712,11 +730,13 @@ class Agent(nn.Module):
         kl = self.args.kl_weight * self.encoder.head.kl(h)
         return error + self.args.latent_weight * penalty + kl  # [SAC+AE J(RAE)]
 
-    def due(self, every):
-        """Whether what happens at every Nth update happens now. In the first burst it always does,
-        as in the authors' code, whose counter is the environment's and stands still there."""
-        since = self.updates - self.args.pretrain_updates + 1
-        return since <= 0 or since % every == 0
+    def cadence(self):
+        """Whether this update moves the actor, the autoencoder, and the targets: what happens at
+        every Nth update. In the first burst all of it does, as in the authors' code, whose counter
+        is the environment's and stands still there."""
+        args, since = self.args, self.updates - self.args.pretrain_updates + 1
+        every = args.actor_every_updates, args.decoder_every_updates, args.target_every_updates
+        return tuple(since <= 0 or since % n == 0 for n in every)
 
     def sample(self, buffer, rng):
         """The batch that update() takes."""
@@ -729,8 +749,8 @@ class Agent(nn.Module):
         columns = batch["action"], batch["reward"], batch["discount"]
         metrics = {"loss/critic": self.critic_loss(obs, *columns, next_obs)}
         minimize(metrics["loss/critic"], optimizers["critic"])
-        actor_due = self.due(args.actor_every_updates)
-        decoder_due = self.decoder is not None and self.due(args.decoder_every_updates)
+        actor_due, decoder_due, target_due = self.cadence()
+        decoder_due &= self.decoder is not None
         h = self.encoder.convs(obs) if actor_due or decoder_due else None  # (B, F)  D2: its graph
         # survives the actor's backward pass, which ends at the actor's own parameters
         if actor_due:
@@ -741,7 +761,7 @@ class Agent(nn.Module):
             metrics |= {"stat/entropy": -log_prob.mean(), "stat/alpha": self.log_alpha.exp()}
             if self.moved_by_actor:
                 h = self.encoder.convs(obs)  # other features from now on
-        if self.due(args.target_every_updates):
+        if target_due:
             soft_update(self.critic, self.target_critic, args.critic_tau)
             soft_update(self.encoder, self.target_encoder, args.encoder_tau)
         if decoder_due:
@@ -955,6 +975,61 @@ def load_checkpoint(payload, run_dir, agent, buffer, env, rng):
     return progress, step
 
 
+# ---- CUDA graphs (shared; a reader can skip them) ------------------------------------------------
+
+
+def autocast(args):
+    """What updates run in: with --precision bf16, convs and matrix products in bfloat16. Without a
+    cache of converted weights, as they change in the middle of an update."""
+    return torch.autocast(args.device.split(":")[0], torch.bfloat16, args.precision == "bf16",
+                          cache_enabled=False)  # fmt: skip
+
+
+class CudaGraph:
+    """Takes the place of an agent's method: records what that launches on the GPU, and from then on
+    launches it all at once, on inputs at fixed places.
+
+    There is a recording for each form of the inputs (nested tensors, arrays, numbers, None), each
+    value of the bools among them, the options and cadence(). Whatever else the method reads or
+    changes must lie on the GPU; only agent.updates may be counted besides.
+    """
+
+    def __init__(self, agent, name, cadence):
+        self.agent, self.method, self.cadence = agent, getattr(agent, name), cadence
+        self.calls, self.graphs, self.stream = {}, {}, torch.cuda.Stream()
+        setattr(agent, name, self)
+
+    def __call__(self, *inputs, **options):
+        agent, now = self.agent, torch.cuda.current_stream()
+        inputs = tree_map(lambda v: v if v is None or isinstance(v, bool) else
+                          upload(v, agent.args.device), inputs)  # fmt: skip
+        shapes = tree_map_only(torch.Tensor, lambda tensor: tensor.shape, inputs)
+        key = str((shapes, options, self.cadence()))
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] <= 3:  # the first calls choose algorithms and make Adam's moments
+            self.stream.wait_stream(now)
+            with torch.cuda.stream(self.stream):
+                outputs = self.method(*inputs, **options)
+            now.wait_stream(self.stream)
+            return outputs
+        if key not in self.graphs:
+            for group in (g for o in agent.optimizers.values() for g in o.param_groups):
+                group["capturable"] = True
+            places = tree_map_only(torch.Tensor, torch.clone, inputs)
+            graph, before = torch.cuda.CUDAGraph(), agent.updates
+            with torch.cuda.graph(graph):  # launches nothing
+                outputs = self.method(*places, **options)
+            self.graphs[key] = graph, places, outputs, agent.updates - before
+            agent.updates = before
+        graph, places, outputs, updates = self.graphs[key]
+        for place, value in zip(tree_leaves(places), tree_leaves(inputs), strict=True):
+            if isinstance(place, torch.Tensor):
+                place.copy_(value)
+        graph.replay()
+        agent.updates += updates
+        return tree_map_only(torch.Tensor, torch.clone, outputs)
+
+
 # ---- train (shared: the same text in every script) ----------------------------------------------
 
 
@@ -999,6 +1074,9 @@ def train(args, run_dir, interrupt, payload=None):
     eval_env, eval_seed = make_env(args, 0, video_size=video_size), args.seed + 2**31
     agent = Agent(args, env.spec)
     buffer = ReplayBuffer(replay_rows(args), env.spec, args.device)
+    if args.cuda_graph:
+        CudaGraph(agent, "update", agent.cadence)
+        CudaGraph(agent, "act", tuple)
     total_steps = args.total_frames // args.action_repeat
     eval_steps = max(1, args.eval_every_frames // args.action_repeat)
 
@@ -1027,12 +1105,13 @@ def train(args, run_dir, interrupt, payload=None):
     clock, began = time.monotonic() - now["wall_s"], None
     while now["step"] < total_steps:
         if now["action"] is None:
-            now["action"], now["carry"] = agent.act(step, now["carry"], explore=True)
-            if now["step"] < args.warmup_steps:  # above, only the carry counted
-                now["action"] = random_action()
+            action, now["carry"] = agent.act(step, now["carry"], explore=True)
+            warm = now["step"] >= args.warmup_steps  # before, only the carry counts
+            now["action"] = action.cpu() if warm else random_action()
         wanted = updates_due(args, now["step"])
         while agent.updates < wanted and not interrupt.signal:
-            now["metrics"] |= agent.update(agent.sample(buffer, rng))
+            with autocast(args):
+                now["metrics"] |= agent.update(agent.sample(buffer, rng))
             if agent.updates == 10:
                 began = time.monotonic()
             elif agent.updates == 30 and began and args.device == "cpu":
@@ -1126,6 +1205,10 @@ def main(args):
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as e:
         refuse("device", f"{args.device} cannot be used; try auto ({str(e).splitlines()[0]})")
+    if args.cuda_graph and not args.device.startswith("cuda"):
+        refuse("cuda_graph", f"{args.device} has none; only --device cuda does")
+    tf32 = args.precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     if args.evaluate:
         print("summary " + json.dumps(play(args) | {"run_dir": args.evaluate}))
         return
@@ -1138,12 +1221,7 @@ def main(args):
         refuse("replay_capacity", f"{rows} rows of {row_bytes} bytes are {size / 2**30:.1f} GiB, "
                f"{free / 2**30:.1f} are free; at most {int(0.9 * free / row_bytes)}")  # fmt: skip
     payload, run_dir = None, Path(args.resume)
-    if args.resume:
-        payload = read_checkpoint(run_dir, "resume", args.device)
-        for name, was in vars(make_args(payload["args"])).items():
-            if name not in FREE_ON_RESUME and was != getattr(args, name):
-                refuse(name, f"the run has {was}; for another value start a new run")
-    else:
+    if not args.resume:
         stamp = time.strftime("%Y%m%d-%H%M%S-") + str(os.getpid())
         names = args.env_id, Path(__file__).stem, str(args.seed), stamp
         run_dir = Path(args.runs_dir, "__".join(names))
@@ -1152,6 +1230,19 @@ def main(args):
             (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
         except OSError as e:
             refuse("runs_dir", f"{run_dir} cannot be made ({e.strerror})")
+    lock, probe = FileLock(run_dir / "lock"), run_dir / "probe"
+    try:
+        lock.acquire(timeout=0)  # until this process ends, in whatever way
+        probe.write_bytes(bytes(2**20))
+        probe.unlink()
+    except (OSError, Timeout) as e:
+        refuse("resume" if args.resume else "runs_dir", f"another process is at work in {run_dir}, "
+               f"or it cannot be written to ({e})")  # fmt: skip
+    if args.resume:
+        payload = read_checkpoint(run_dir, "resume", args.device)
+        for name, was in vars(make_args(payload["args"])).items():
+            if name not in FREE_ON_RESUME and was != getattr(args, name):
+                refuse(name, f"the run has {was}; for another value start a new run")
     print(f"{args.env_id}, seed {args.seed}, {args.device}, in {run_dir}\nreplay: {rows:,} rows of "
           f"{row_bytes:,} bytes, {size / 2**30:.2f} GiB of {free / 2**30:.1f} free", flush=True)
     interrupt = Interrupt()

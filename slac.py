@@ -96,6 +96,8 @@ class Args:
     image_size: int = 64  # side of the square image [pixels]
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there, else mps, else cpu
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of matrix products and convs in updates
+    cuda_graph: bool = False  # launch an update, or an action, at once (needs --device cuda)
     replay_capacity: int = 100_000  # rows, one per step and episode start, or the run's if less
     warmup_steps: int = 0  # uniformly random steps before the first update (0: 10,000 frames)
     pretrain_updates: int = 50_000  # updates at the end of the warm-up (paper 50,000: model only)
@@ -137,9 +139,9 @@ class Args:
 
 MAY_BE_ZERO = {"action_repeat", "gamma", "pretrain_updates", "seed", "warmup_steps", "z1_dim"}
 AT_MOST_ONE = {"critic_tau", "gamma"}
-FREE_ON_RESUME = {"checkpoint_every_frames", "device", "eval_episodes", "eval_every_frames",
-                  "eval_policy", "resume", "runs_dir", "smoke", "total_frames", "track",
-                  "video"}  # fmt: skip
+FREE_ON_RESUME = {"checkpoint_every_frames", "cuda_graph", "device", "eval_episodes",
+                  "eval_every_frames", "eval_policy", "precision", "resume", "runs_dir", "smoke",
+                  "total_frames", "track", "video"}  # fmt: skip
 
 
 def refuse(name, why):
@@ -227,9 +229,11 @@ def check_algorithm(args):
     args.warmup_steps = args.warmup_steps or math.ceil(10_000 / args.action_repeat)  # D7
     if not args.channels:
         refuse("channels", "there must be one conv layer at least")
-    if args.image_size % 2 ** len(args.channels):
-        refuse("image_size", f"{args.image_size} cannot be halved {len(args.channels)} times, "
-               "once for each of the --channels")  # fmt: skip
+    unit = 2 ** len(args.channels)
+    if args.image_size % unit:
+        below = args.image_size // unit * unit
+        refuse("image_size", f"{args.image_size} cannot be halved {len(args.channels)} times, once "
+               f"for each of the --channels; use {f'{below} or ' * (below > 0)}{below + unit}")
     if not 2 <= args.actions < min(args.warmup_steps, 1000):  # the replay buffer's least size
         refuse("actions", f"{args.actions} is not at least 2 and below 1000 and the --warmup-steps")
     if not args.temporal and (args.z1 == "deterministic" or args.z2 == "recurrent"):
@@ -246,6 +250,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from dm_control import suite
 from dm_control.mujoco.engine import Camera
+from filelock import FileLock, Timeout
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -358,6 +364,11 @@ class PixelEnv:
 # ---- ReplayBuffer (shared: the same text in every script) ---------------------------------------
 
 
+def upload(values, device):
+    """Array, number or tensor as a tensor on `device`; CUDA takes a copy and nothing waits."""
+    return torch.as_tensor(values).to(device, non_blocking=device.startswith("cuda"))
+
+
 class ReplayBuffer:
     """Ring of rows on `device`. Every image is kept once, as uint8; stacks are made when sampled.
 
@@ -388,7 +399,7 @@ class ReplayBuffer:
         slot, before = self.row % self.capacity, (self.row - 1) % self.capacity
         self.start[slot] = self.row if step.first else self.start[before]
         for name, column in self.columns.items():
-            column[slot] = torch.as_tensor(getattr(step, name))
+            column[slot] = upload(getattr(step, name), self.device)
         self.row += 1
 
     def draw(self, rng, count, first, length, together):
@@ -406,7 +417,7 @@ class ReplayBuffer:
 
     def gather(self, column, rows):
         """Rows of a column, (*rows.shape, ...). On a CPU index_select is much faster than [ ]."""
-        slots = torch.as_tensor(rows.ravel() % self.capacity).to(self.device)
+        slots = upload(rows.ravel() % self.capacity, self.device)
         return self.columns[column].index_select(0, slots).unflatten(0, rows.shape)
 
     def transitions(self, rng, batch_size, stack):
@@ -427,7 +438,7 @@ class ReplayBuffer:
         `together` are of one episode; where is_first, one starts."""
         rows = self.draw(rng, batch_size, max(0, self.row - self.capacity), length, together)
         rows = rows[:, None] + np.arange(length)
-        is_first = torch.as_tensor(self.start[rows % self.capacity] == rows).to(self.device)
+        is_first = upload(self.start[rows % self.capacity] == rows, self.device)
         return {"is_first": is_first, **{key: self.gather(key, rows) for key in self.columns}}
 
     def save(self, folder):
@@ -477,11 +488,19 @@ def weight_init(module):
         nn.init.zeros_(module.bias)
 
 
+class Linear32(nn.Linear):
+    """A layer that stays in float32 whatever --precision: values, logits and means need it."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
 def mlp(in_dim, hidden_dim, out_dim):
     """Two hidden ReLU layers."""
     return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(),
                          nn.Linear(hidden_dim, hidden_dim), nn.ReLU(),
-                         nn.Linear(hidden_dim, out_dim))  # fmt: skip
+                         Linear32(hidden_dim, out_dim))  # fmt: skip
 
 
 def preprocess(obs):
@@ -570,7 +589,7 @@ class Gaussian(nn.Module):
         self.stochastic, self.floor, n = stochastic, floor, args.hidden_dim
         self.net = nn.Sequential(nn.Linear(in_dim, n), nn.LeakyReLU(0.2),
                                  nn.Linear(n, n), nn.LeakyReLU(0.2),
-                                 nn.Linear(n, out_dim * (1 + stochastic)))  # fmt: skip
+                                 Linear32(n, out_dim * (1 + stochastic)))  # fmt: skip
 
     def forward(self, *inputs):
         x = self.net(torch.cat(inputs, -1))
@@ -746,15 +765,17 @@ class Agent(nn.Module):
     @torch.no_grad()  # acting learns nothing
     def act(self, step, carry, explore):
         """Action (A,) for a Step, and the rows of n steps to carry on; None: an episode starts."""
-        row = {"obs": step.obs, "action": step.action, "is_first": step.first}
-        row = {k: torch.as_tensor(v, device=self.args.device)[None, None] for k, v in row.items()}
+        obs, action = (torch.as_tensor(x, device=self.args.device)[None, None]
+                       for x in (step.obs, step.action))  # fmt: skip
+        is_first = torch.full((1, 1), step.first, device=obs.device)
+        row = {"obs": obs, "action": action, "is_first": is_first}
         old = carry or {k: v.repeat_interleave(self.args.actions, 1) for k, v in row.items()}
         carry = {k: torch.cat([old[k][:, 1:], v], 1) for k, v in row.items()}  # (1, n, ...)
         kind = self.args.actor_input
         mu, log_std = self.actor(self.see(**carry, kinds={kind})[kind][:, 0])
         sample = explore or self.args.eval_policy == "sample"
         action = tanh_gaussian(mu, log_std)[0] if sample else torch.tanh(mu)
-        return action[0].cpu(), carry
+        return action[0], carry
 
     def kl_loss(self, q, p, started):
         """Of the posteriors of z1 to their priors (B, T, z1), summed over time. Deterministic ones
@@ -813,11 +834,15 @@ class Agent(nn.Module):
         error = (-log_prob - target_entropy).detach()  # D3  moves alpha, not the actor
         return (self.log_alpha * error).mean()  # [SLAC J(alpha)]
 
+    def cadence(self):
+        """Whether this update moves actor and critic: they wait for the first burst to end."""
+        return (self.updates >= self.args.pretrain_updates,)
+
     def sample(self, buffer, rng):
-        """The sequences that update() takes; actor and critic have theirs after the first burst."""
+        """The sequences that update() takes; actor and critic have some of their own."""
         args, length = self.args, self.args.actions + 1
         batch = {"model": buffer.sequences(rng, args.model_batch_size, length, 2)}
-        if self.updates >= args.pretrain_updates:
+        if self.cadence() == (True,):
             batch["sac"] = buffer.sequences(rng, args.sac_batch_size, length, 2)
         return batch
 
@@ -1062,6 +1087,61 @@ def load_checkpoint(payload, run_dir, agent, buffer, env, rng):
     return progress, step
 
 
+# ---- CUDA graphs (shared; a reader can skip them) ------------------------------------------------
+
+
+def autocast(args):
+    """What updates run in: with --precision bf16, convs and matrix products in bfloat16. Without a
+    cache of converted weights, as they change in the middle of an update."""
+    return torch.autocast(args.device.split(":")[0], torch.bfloat16, args.precision == "bf16",
+                          cache_enabled=False)  # fmt: skip
+
+
+class CudaGraph:
+    """Takes the place of an agent's method: records what that launches on the GPU, and from then on
+    launches it all at once, on inputs at fixed places.
+
+    There is a recording for each form of the inputs (nested tensors, arrays, numbers, None), each
+    value of the bools among them, the options and cadence(). Whatever else the method reads or
+    changes must lie on the GPU; only agent.updates may be counted besides.
+    """
+
+    def __init__(self, agent, name, cadence):
+        self.agent, self.method, self.cadence = agent, getattr(agent, name), cadence
+        self.calls, self.graphs, self.stream = {}, {}, torch.cuda.Stream()
+        setattr(agent, name, self)
+
+    def __call__(self, *inputs, **options):
+        agent, now = self.agent, torch.cuda.current_stream()
+        inputs = tree_map(lambda v: v if v is None or isinstance(v, bool) else
+                          upload(v, agent.args.device), inputs)  # fmt: skip
+        shapes = tree_map_only(torch.Tensor, lambda tensor: tensor.shape, inputs)
+        key = str((shapes, options, self.cadence()))
+        self.calls[key] = self.calls.get(key, 0) + 1
+        if self.calls[key] <= 3:  # the first calls choose algorithms and make Adam's moments
+            self.stream.wait_stream(now)
+            with torch.cuda.stream(self.stream):
+                outputs = self.method(*inputs, **options)
+            now.wait_stream(self.stream)
+            return outputs
+        if key not in self.graphs:
+            for group in (g for o in agent.optimizers.values() for g in o.param_groups):
+                group["capturable"] = True
+            places = tree_map_only(torch.Tensor, torch.clone, inputs)
+            graph, before = torch.cuda.CUDAGraph(), agent.updates
+            with torch.cuda.graph(graph):  # launches nothing
+                outputs = self.method(*places, **options)
+            self.graphs[key] = graph, places, outputs, agent.updates - before
+            agent.updates = before
+        graph, places, outputs, updates = self.graphs[key]
+        for place, value in zip(tree_leaves(places), tree_leaves(inputs), strict=True):
+            if isinstance(place, torch.Tensor):
+                place.copy_(value)
+        graph.replay()
+        agent.updates += updates
+        return tree_map_only(torch.Tensor, torch.clone, outputs)
+
+
 # ---- train (shared: the same text in every script) ----------------------------------------------
 
 
@@ -1106,6 +1186,9 @@ def train(args, run_dir, interrupt, payload=None):
     eval_env, eval_seed = make_env(args, 0, video_size=video_size), args.seed + 2**31
     agent = Agent(args, env.spec)
     buffer = ReplayBuffer(replay_rows(args), env.spec, args.device)
+    if args.cuda_graph:
+        CudaGraph(agent, "update", agent.cadence)
+        CudaGraph(agent, "act", tuple)
     total_steps = args.total_frames // args.action_repeat
     eval_steps = max(1, args.eval_every_frames // args.action_repeat)
 
@@ -1134,12 +1217,13 @@ def train(args, run_dir, interrupt, payload=None):
     clock, began = time.monotonic() - now["wall_s"], None
     while now["step"] < total_steps:
         if now["action"] is None:
-            now["action"], now["carry"] = agent.act(step, now["carry"], explore=True)
-            if now["step"] < args.warmup_steps:  # above, only the carry counted
-                now["action"] = random_action()
+            action, now["carry"] = agent.act(step, now["carry"], explore=True)
+            warm = now["step"] >= args.warmup_steps  # before, only the carry counts
+            now["action"] = action.cpu() if warm else random_action()
         wanted = updates_due(args, now["step"])
         while agent.updates < wanted and not interrupt.signal:
-            now["metrics"] |= agent.update(agent.sample(buffer, rng))
+            with autocast(args):
+                now["metrics"] |= agent.update(agent.sample(buffer, rng))
             if agent.updates == 10:
                 began = time.monotonic()
             elif agent.updates == 30 and began and args.device == "cpu":
@@ -1233,6 +1317,10 @@ def main(args):
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as e:
         refuse("device", f"{args.device} cannot be used; try auto ({str(e).splitlines()[0]})")
+    if args.cuda_graph and not args.device.startswith("cuda"):
+        refuse("cuda_graph", f"{args.device} has none; only --device cuda does")
+    tf32 = args.precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     if args.evaluate:
         print("summary " + json.dumps(play(args) | {"run_dir": args.evaluate}))
         return
@@ -1245,12 +1333,7 @@ def main(args):
         refuse("replay_capacity", f"{rows} rows of {row_bytes} bytes are {size / 2**30:.1f} GiB, "
                f"{free / 2**30:.1f} are free; at most {int(0.9 * free / row_bytes)}")  # fmt: skip
     payload, run_dir = None, Path(args.resume)
-    if args.resume:
-        payload = read_checkpoint(run_dir, "resume", args.device)
-        for name, was in vars(make_args(payload["args"])).items():
-            if name not in FREE_ON_RESUME and was != getattr(args, name):
-                refuse(name, f"the run has {was}; for another value start a new run")
-    else:
+    if not args.resume:
         stamp = time.strftime("%Y%m%d-%H%M%S-") + str(os.getpid())
         names = args.env_id, Path(__file__).stem, str(args.seed), stamp
         run_dir = Path(args.runs_dir, "__".join(names))
@@ -1259,6 +1342,19 @@ def main(args):
             (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
         except OSError as e:
             refuse("runs_dir", f"{run_dir} cannot be made ({e.strerror})")
+    lock, probe = FileLock(run_dir / "lock"), run_dir / "probe"
+    try:
+        lock.acquire(timeout=0)  # until this process ends, in whatever way
+        probe.write_bytes(bytes(2**20))
+        probe.unlink()
+    except (OSError, Timeout) as e:
+        refuse("resume" if args.resume else "runs_dir", f"another process is at work in {run_dir}, "
+               f"or it cannot be written to ({e})")  # fmt: skip
+    if args.resume:
+        payload = read_checkpoint(run_dir, "resume", args.device)
+        for name, was in vars(make_args(payload["args"])).items():
+            if name not in FREE_ON_RESUME and was != getattr(args, name):
+                refuse(name, f"the run has {was}; for another value start a new run")
     print(f"{args.env_id}, seed {args.seed}, {args.device}, in {run_dir}\nreplay: {rows:,} rows of "
           f"{row_bytes:,} bytes, {size / 2**30:.2f} GiB of {free / 2**30:.1f} free", flush=True)
     interrupt = Interrupt()

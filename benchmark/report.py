@@ -275,12 +275,14 @@ def draw(curves, path):
                 keep = reference[0] <= 1.05 * end
                 axis.plot(*(v[keep] for v in reference[:2]), color=colour, lw=1.5, ls="--",
                           label=textwrap.fill(f"published: {c.published}, n = {reference[2]}", 38))
-        randoms = [value for c in here for value in c.random.values()]
-        if randoms:
-            rows = [row for c in here for run in c.rows.values() for row in run]
-            adapts = any("eval/return_0" in row for row in rows)
-            axis.axhline(np.mean(randoms), color="grey", lw=1.2, ls=":",
-                         label="without context" if adapts else "random policy")
+        rows = [row for c in here for run in c.rows.values() for row in run]
+        if any("eval/return_0" in row for row in rows):  # a PEARL without context is its own
+            for c, colour in zip(here, itertools.cycle(COLOURS)):
+                if c.random:
+                    axis.axhline(np.mean(list(c.random.values())), color=colour, lw=1.2, ls=":",
+                                 label=textwrap.fill(f"{c.label}, without context", 38))
+        elif randoms := [value for c in here for value in c.random.values()]:
+            axis.axhline(np.mean(randoms), color="grey", lw=1.2, ls=":", label="random policy")
         axis.set(xlabel="frames", xlim=(0, None))
         axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1e3:g}k" if x < 1e6 else f"{x / 1e6:g}M")
         axis.legend(fontsize=8)

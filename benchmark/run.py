@@ -368,9 +368,10 @@ def main():
     except filelock.Timeout:
         sys.exit(f"error: another benchmark/run.py is at work in {args.out}; see --out")
     began = time.monotonic()
-    for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.default_int_handler)
+    for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C, but under nohup
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
 
     def show(running):
         collect(jobs)  # for a report of what there is so far

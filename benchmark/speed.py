@@ -1,11 +1,13 @@
 """How fast each script is on this machine, at its default configuration.
 
     python benchmark/speed.py                               every script
+    python benchmark/speed.py --device cuda -- --precision bf16
     python benchmark/speed.py --peer DIR [-- FLAGS]         one, and its authors' code in DIR
 
-Times are medians. What is compared runs in turns, each in a process of its own, so that other load
-on the machine hits both and neither profits from the other's settings. DIR is a checkout, see
-authors.py; FLAGS are of our script, as those of CURL:
+Prints a table and appends what was measured to --csv. Times are medians. What is compared runs in
+turns, each in a process of its own, so that other load on the machine hits both and neither profits
+from the other's settings. DIR is a checkout, see authors.py; FLAGS are of our script, as those of
+CURL:
 
     python benchmark/speed.py --peer curl -- --reconstruction none --obs-crop random \
         --no-latent-tanh --contrast-floor 1
@@ -14,8 +16,11 @@ and oyster beside PEARL from states: -- --obs-mode state --batch-size 256.
 """
 
 import argparse
+import csv
+import fractions
 import importlib
-import os
+import json
+import math
 import platform
 import resource
 import statistics
@@ -24,26 +29,42 @@ import sys
 import time
 from pathlib import Path
 
+from run import SCRIPTS, commit, hardware
+
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = [n for n in ("sac_ae", "sac_gaara", "slac", "dreamerv2", "pearl_pixels")
-           if (ROOT / f"{n}.py").exists()]
+ASKED = {"sac_ae": 1.15, "sac_gaara": 1.15, "slac": 1.7, "dreamerv2": 1.3,
+         "pearl_pixels": 1.2}  # times as fast as the authors' update, on a CPU
 
 
-def environment(module, env_id):
-    """Functions to time: physics alone, and one image by physics.render and by PixelEnv."""
+def environment(module, args):
+    """Functions to time: physics alone, one image by physics.render and by PixelEnv, and a step of
+    the agent's environment."""
     import numpy as np
-    from dm_control import suite
 
-    raw = suite.load(*env_id.split("-", 1), {"random": 1})
+    env, fast = (module.PixelEnv(args.env_id, 1, args.action_repeat, args.image_size, render)
+                 for render in (args.render, "fast"))
+    raw = module.load_task(args.env_id, np.random.RandomState(1))
     raw.reset()
-    exact, fast = (module.PixelEnv(env_id, 1, 1, 84, render) for render in ("exact", "fast"))
-    action = np.zeros(raw.action_spec().shape)
-    return {
-        "physics": lambda: raw.step(action),
-        "physics.render": lambda: raw.physics.render(84, 84, camera_id=exact.camera_id),
-        "render exact": lambda: exact.render(84).copy(),
-        "render fast": lambda: fast.render(84).copy(),
+    action, size = np.zeros(len(env.low), np.float32), args.image_size
+
+    def step():
+        if env.last:
+            env.reset()
+        return env.step(action)
+
+    return env, {
+        "physics": lambda: raw.reset() if raw.step(action).last() else None,
+        "physics.render": lambda: raw.physics.render(size, size, camera_id=env.camera_id),
+        "render exact": lambda: env.render(size).copy(),
+        "render fast": lambda: fast.render(size).copy(),
+        "env step": step,
     }
+
+
+def agent_spec(module, buffer):
+    """What row_bytes needs to know of a filled buffer."""
+    obs, action = buffer.columns["obs"], buffer.columns["action"]
+    return module.EnvSpec(obs.shape[1:], obs.dtype, action.shape[1])
 
 
 def filled(module, args):
@@ -85,24 +106,66 @@ def filled_tasks(module, args):
     return agent, buffer, rng
 
 
-def own(name, device, env_id, flags):
-    """Functions to time of one of the scripts. Of two updates one has an actor step."""
+def own(name, env_id, flags):
+    """Functions to time of one of the scripts, and facts about it. Of two updates one has an actor
+    step. `end to end` is so many steps that a whole number of updates belongs to them."""
+    import torch
     import tyro
+    from absl import logging
 
+    logging.set_verbosity("error")  # as the scripts do
     module = importlib.import_module(name)
-    if name == "pearl_pixels":
-        agent, buffer, rng = filled_tasks(
-            module, tyro.cli(module.Args, args=["--device", device, *flags]))
-        return {"sample": lambda: agent.sample(buffer, rng), "two updates": lambda: (
-            agent.update(agent.sample(buffer, rng)), agent.update(agent.sample(buffer, rng)))}
-    always = ["--device", device, "--pretrain-updates", "0"]
-    agent, buffer, rng = filled(module, tyro.cli(module.Args, args=always + flags))
+    pearl = name == "pearl_pixels"
+    flags = ["--pretrain-updates", "0"] * (not pearl) + list(flags)
+    flags += ["--env-id", env_id] * (not pearl)
+    args = tyro.cli(module.Args, args=flags)
+    args.action_repeat = args.action_repeat or module.ACTION_REPEAT.get(args.env_id, 2)
+    agent, buffer, rng = (filled_tasks if pearl else filled)(module, args)
+    tf32 = args.precision != "fp32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    env, calls = environment(module, args)
 
-    def update():
-        return agent.update(agent.sample(buffer, rng))
+    def updates(method, n):
+        for _ in range(n):
+            with module.autocast(args):
+                method(agent.sample(buffer, rng))
 
-    return {**environment(module, env_id), "sample": lambda: agent.sample(buffer, rng),
-            "two updates": lambda: (update(), update())}
+    calls["sample"] = lambda: agent.sample(buffer, rng)
+    eager = agent.update
+    calls["two updates"] = lambda: updates(eager, 2)
+    if args.device.startswith("cuda"):
+        module.CudaGraph(agent, "update", getattr(agent, "cadence", tuple))
+        module.CudaGraph(agent, "act", tuple)
+        calls["two updates, captured"] = lambda: updates(agent.update, 2)
+    if pearl:
+        _, *visit = module.trajectories(args)
+        steps = args.tasks_per_iteration * sum(visit) * args.trajectory_steps
+        ratio = fractions.Fraction(args.updates_per_iteration, steps)
+    else:
+        ratio = fractions.Fraction(args.updates_per_step).limit_denominator(100)
+    now = {"step": env.reset(), "carry": None}
+
+    def end_to_end():
+        for i in range(ratio.denominator):
+            carry = now["carry"]
+            if carry is None and pearl:
+                carry = {"z": agent.prior(0.0)[0], "true_state": agent.true_state}
+            action, now["carry"] = agent.act(now["step"], carry, explore=True)
+            action = action.cpu()
+            due = ratio.numerator * (i + 1) // ratio.denominator
+            updates(agent.update, due - ratio.numerator * i // ratio.denominator)
+            now["step"] = env.step(action)
+            if not pearl:
+                buffer.add(now["step"])
+            if now["step"].last:
+                now.update(step=env.reset(), carry=None)
+
+    if getattr(args, "obs_mode", "") != "state":  # there the environment has no image
+        calls["end to end"] = end_to_end
+    facts = {"bytes per transition": buffer.row_bytes(agent_spec(module, buffer)),
+             "action repeat": args.action_repeat, "steps": ratio.denominator,
+             "updates": ratio.numerator}  # fmt: skip
+    return calls, facts, args.device
 
 
 def peer(folder, device):
@@ -150,32 +213,37 @@ def peer(folder, device):
             "two updates": pair}
 
 
-def work(calls, device):
-    """A worker: for each name on standard input, runs that function and prints its milliseconds."""
+def work(calls, facts, device):
+    """A worker: for each name on standard input, runs that function and prints its milliseconds;
+    at the end, its peak memory."""
     import torch
 
+    cuda = device.startswith("cuda")
     for name in calls:
-        calls[name]()
-    print("ready", *calls, sep="\t", flush=True)
+        for _ in range(12 if "captured" in name else 1):  # until all forms are recorded
+            calls[name]()
+    print(json.dumps({"calls": list(calls), "facts": facts}), flush=True)
     for line in sys.stdin:
         began = time.perf_counter()
         calls[line.strip()]()
-        if device.startswith("cuda"):
+        if cuda:
             torch.cuda.synchronize()
         print(1e3 * (time.perf_counter() - began), flush=True)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # peak memory [GiB]
+    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+    print(peak)
 
 
 def in_turns(subjects, rounds, flags, script_flags):
-    """{subject: {function: median ms}} and {subject: peak GiB}, one worker per subject."""
-    workers, times = {}, {}
+    """{subject: {function: median ms}}, {subject: facts}, {subject: peak GiB}; a worker each."""
+    workers, times, facts = {}, {}, {}
     for subject in subjects:
         command = [sys.executable, __file__, *flags, "--worker", subject, "--", *script_flags]
         workers[subject] = subprocess.Popen(command, stdin=subprocess.PIPE, text=True,
                                             stdout=subprocess.PIPE)
     for subject, worker in workers.items():
-        names = worker.stdout.readline().strip().split("\t")[1:]
-        times[subject] = {name: [] for name in names}
+        ready = json.loads(worker.stdout.readline())
+        times[subject], facts[subject] = {name: [] for name in ready["calls"]}, ready["facts"]
     for name in next(iter(times.values())):
         for i in range(rounds + 3):
             for subject, worker in workers.items():
@@ -186,31 +254,46 @@ def in_turns(subjects, rounds, flags, script_flags):
                         times[subject][name].append(ms)
     peaks = {s: float(w.communicate()[0]) for s, w in workers.items()}
     medians = {s: {n: statistics.median(t) for n, t in ts.items()} for s, ts in times.items()}
-    return medians, peaks
+    return medians, facts, peaks
+
+
+def rates(ms, facts, peak):
+    """{quantity: number} of one of our scripts, from its milliseconds; see the table's heads."""
+    update = min(ms["two updates"], ms.get("two updates, captured", math.inf)) / 2
+    out = {"updates/s": 2000 / ms["two updates"]}
+    if "two updates, captured" in ms:
+        out["updates/s, captured"] = 2000 / ms["two updates, captured"]
+    out["frames/s, physics"] = 1000 / ms["physics"]
+    out["frames/s, images too"] = 1000 * facts["action repeat"] / ms["env step"]
+    if "end to end" in ms:
+        out["steps/s, end to end"] = 1000 * facts["steps"] / ms["end to end"]
+        out["busy with updates"] = facts["updates"] * update / ms["end to end"]
+    return out | {"peak GiB": peak, "bytes per transition": facts["bytes per transition"]}
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--scripts", nargs="+", default=SCRIPTS, choices=SCRIPTS)
-    parser.add_argument("--env-id", default="cheetah-run")
+    parser.add_argument("--env-id", default="cheetah-run", help="of all but PEARL (cheetah-run)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=10, help="how often each is timed (10)")
     parser.add_argument("--peer", help="folder with the authors' code, see authors.py")
+    parser.add_argument("--csv", default="runs/speed.csv", help="appended to (runs/speed.csv)")
     parser.add_argument("flags", nargs="*", help="of our script, after --")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         if args.worker == args.peer:
-            return work(peer(args.peer, args.device), args.device)
+            return work(peer(args.peer, args.device), {}, args.device)
         sys.path.insert(0, str(ROOT))
-        return work(own(args.worker, args.device, args.env_id, args.flags), args.device)
+        return work(*own(args.worker, args.env_id, ["--device", args.device, *args.flags]))
 
     import torch
 
-    threads = torch.get_num_threads()
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {threads} threads, Python "
-          f"{platform.python_version()}, torch {torch.__version__}, {args.device}, {args.env_id}")
+    threads, table, rows = torch.get_num_threads(), {}, []
+    print(f"{hardware()}, {threads} threads, Python {platform.python_version()}, torch "
+          f"{torch.__version__}, {args.device}, {args.env_id}, commit {commit()}")
     flags = ["--device", args.device, "--env-id", args.env_id]
     if args.peer:
         import authors
@@ -219,19 +302,38 @@ def main():
         flags += ["--peer", args.peer]
     for name in args.scripts:
         subjects = [name, args.peer] if args.peer else [name]
-        times, peaks = in_turns(subjects, args.rounds, flags, args.flags)
+        times, facts, peaks = in_turns(subjects, args.rounds, flags, args.flags)
         for subject in subjects:
             print(f"\n{subject}: milliseconds; peak memory {peaks[subject]:.1f} GiB")
             for key, ms in times[subject].items():
-                print(f"    {key:16}{ms:10.2f}")
+                print(f"    {key:24}{ms:10.2f}")
+            rows += [(subject, f"ms, {key}", ms) for key, ms in times[subject].items()]
         ours = times[name]
-        print(f"    updates/s {2000 / ours['two updates']:.2f}")
-        if "physics" in ours:
-            exact, fast = (ours["physics.render"] / ours[f"render {k}"] for k in ("exact", "fast"))
-            print(f"    against physics.render: exact {exact:.2f}x, fast {fast:.1f}x")
+        table[name] = rates(ours, facts[name], peaks[name])
+        rows += [(name, key, value) for key, value in table[name].items()]
+        exact, fast = (ours["physics.render"] / ours[f"render {k}"] for k in ("exact", "fast"))
+        print(f"    against physics.render: exact {exact:.2f}x, fast {fast:.1f}x")
         if args.peer:
             ratio = times[args.peer]["two updates"] / ours["two updates"]
-            print(f"    updates as fast as the authors': {ratio:.2f}x")
+            print(f"    updates as fast as the authors': {ratio:.2f}x; asked on a CPU: "
+                  f"{ASKED[name]}x")
+            rows.append((name, "updates, times as fast as the peer's", ratio))
+    heads = list(dict.fromkeys(key for row in table.values() for key in row))
+    print("\n| " + " | ".join(["script", *heads]) + " |\n" + "| - " * (len(heads) + 1) + "|")
+    for name, row in table.items():
+        cells = [name, *(f"{row[h]:,.{2 * (row[h] < 100)}f}" if h in row else "" for h in heads)]
+        print("| " + " | ".join(cells) + " |")
+    path = Path(args.csv)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with open(path, "a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(["hardware", "threads", "torch", "commit", "device", "flags", "subject",
+                             "quantity", "value"])  # fmt: skip
+        about = hardware(), threads, torch.__version__, commit(), args.device, " ".join(args.flags)
+        writer.writerows([*about, Path(subject).name, key, f"{value:.6g}"]
+                         for subject, key, value in rows)  # fmt: skip
 
 
 if __name__ == "__main__":

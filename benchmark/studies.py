@@ -134,6 +134,9 @@ STUDIES = {
         "--extra-steps 200 --updates-per-iteration 300 --meta-batch 8 --latent-dim 3 "
         "--gamma 0.95 --lr 1e-3 --tau 0.01 --hidden-dim 128 --context-dim 128 "
         "--context-trajectories 2 --eval-every-frames 50000 --no-video"),
+    "pearl-designs-smoke": each("pearl_pixels", "pendulum-goal2", {
+        "design 1, cnn-test": "--obs-mode cnn-test", "design 2, cnn": "--obs-mode cnn",
+        "design 3, cnn-rl": "--obs-mode cnn-rl"}, "--smoke"),
     "pearl-designs": each("pearl_pixels", "cheetah-vel", {
         "states": "--obs-mode state", "states, oracle": "--obs-mode state --oracle",
         "design 1": "--obs-mode cnn-test", "design 2": "--obs-mode cnn",

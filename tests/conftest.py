@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(config, items):
     """Leaves out the slow tests unless -m asks for them, and what tests the same text again."""
     def again(item):
         params = getattr(item, "callspec", None) and item.callspec.params or {}
-        names = {params.get(key) for key in ("script", "name", "whole")} & set(SCRIPTS)
+        names = {params.get(key) for key in ("script", "name", "whole", "module")} & set(SCRIPTS)
         return "shared" in item.keywords and names and not names & set(REPRESENTATIVES)
 
     if not config.option.every_script:

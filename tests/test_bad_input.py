@@ -35,6 +35,7 @@ BAD = [  # of every script
     ("--evaluate /nowhere", "--evaluate", "/nowhere"),
     ("--track", "--track", "pip install wandb"),
     ("--device meta", "--device", "try auto"),
+    ("--device cpu --cuda-graph", "--cuda-graph", "only --device cuda"),
     ("--runs-dir /dev/null/runs", "--runs-dir", "cannot be made"),
 ]
 BAD_SUITE = [  # of those that run one task
@@ -71,7 +72,7 @@ OWN = {
         ("--contrast-weight 0", "--contrast-weight", "above zero"),
     ],
     "slac": [
-        ("--image-size 40", "--image-size", "cannot be halved 4 times"),
+        ("--image-size 40", "--image-size", "use 32 or 48"),
         ("--channels", "--channels", "one conv layer"),
         ("--channels 8 0", "--channels", "above zero"),
         ("--z2 recurrent --no-temporal", "--temporal", "drop --no-temporal"),
@@ -88,7 +89,7 @@ OWN = {
         ("--decoder-kernels 5 5", "--image-size", "use 13"),
         ("--decoder-kernels", "--decoder-kernels", "two conv layers"),
         ("--decoder-kernels 64", "--decoder-kernels", "two conv layers"),
-        ("--decoder-kernels 3 3 --image-size 7", "--decoder-kernels", "image of 7"),
+        ("--decoder-kernels 3 3 --image-size 7", "--decoder-kernels", "image than 7"),
         ("--decoder-kernels 5 0", "--decoder-kernels", "above zero"),
         ("--sequence-length 1", "--sequence-length", "between 2 and 250"),
         ("--sequence-length 251", "--sequence-length", "between 2 and 250"),

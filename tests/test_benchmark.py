@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+import filelock
 import imageio.v3 as imageio
 import numpy as np
 import pytest
@@ -34,10 +35,12 @@ FLAGS = TINY["sac_ae"].replace("--env-id cartpole-balance ", "")
 
 
 def bench(*words, **kwargs):
-    """A process of benchmark/run.py."""
+    """A process of benchmark/run.py, which Ctrl-C reaches even if these tests run behind a shell's
+    &."""
     command = [sys.executable, str(ROOT / "benchmark" / "run.py"), *map(str, words)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            **kwargs)
+                            preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in
+                                                (signal.SIGINT, signal.SIGHUP)], **kwargs)
 
 
 def words(out, *others, seeds=(1, 2), tasks=("cartpole-balance",), flags=FLAGS):
@@ -203,7 +206,7 @@ def wait_for_checkpoint(out, process, seconds=100):
         time.sleep(0.02)
 
 
-LONGER = FLAGS.replace("--total-frames 4000", "--total-frames 12000")
+LONGER = FLAGS.replace("--total-frames 4000", "--total-frames 20000")
 
 
 def rows_of(out):
@@ -229,8 +232,6 @@ def test_a_signal_stops_all_runs_with_a_checkpoint_and_the_command_goes_on(
     command = words(tmp_path, "--engine", engine, seeds=[1], flags=LONGER)
     process = bench(*command)
     wait_for_checkpoint(tmp_path, process)
-    second = bench(*command)  # which would write to the same runs
-    assert "another benchmark/run.py" in second.communicate()[1] and second.returncode == 1
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors, errors
@@ -239,6 +240,12 @@ def test_a_signal_stops_all_runs_with_a_checkpoint_and_the_command_goes_on(
     assert "--resume" in line.communicate()[0]
     assert bench(*command).wait(200) == 0
     assert rows_of(tmp_path) == undisturbed
+
+
+def test_two_at_once_do_not_write_to_the_same_runs(tmp_path):
+    with filelock.FileLock(tmp_path / "lock"):
+        second = bench(*words(tmp_path))
+        assert "another benchmark/run.py" in second.communicate()[1] and second.returncode == 1
 
 
 @linux

@@ -816,10 +816,10 @@ def test_a_terminal_start_has_no_future(monkeypatch):
 
 def test_only_an_optimizers_own_parameters_get_gradients():
     agent = make_agent()
-    z, h, _ = agent.update_model(make_batch(agent))
+    z, h, _ = agent.update_model(make_batch(agent), True)
     before = {n: p.grad.clone() for n, p in agent.named_parameters() if p.grad is not None}
     assert not any(n.startswith(("actor", "critic")) for n in before)
-    agent.update_behavior(z.detach().flatten(0, 1), h.detach().flatten(0, 1), torch.ones(18))
+    agent.update_behavior(z.detach().flatten(0, 1), h.detach().flatten(0, 1), torch.ones(18), True)
     for name, p in agent.named_parameters():
         if name in before:
             assert torch.equal(p.grad, before[name]), name  # also of the model's, after J(pi)
@@ -860,8 +860,9 @@ def test_a_reset_touches_exactly_what_it_says(kind):
     agent.reset()
     changed = {k for k, v in agent.state_dict().items() if not torch.equal(v, before[k])}
     expected = {k for k in before if k.startswith(tuple(RESETS[kind]))}
-    assert changed == expected
-    kept = {names[id(p)] for o in agent.optimizers.values() for p in o.state}
+    assert changed == expected | {"reset_count"}
+    kept = {names[id(p)] for o in agent.optimizers.values() for p, moments in o.state.items()
+            if any(moment.any() for moment in moments.values())}
     assert kept == {n for n in names.values() if not n.startswith("target_")} - expected
     if kind != "transition":
         assert torch.equal(agent.critic[0].weight, agent.target_critic[0].weight)

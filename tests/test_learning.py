@@ -34,8 +34,22 @@ def test_smoke_run_learns(name, seed, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_speed_benchmark_runs():
-    command = [sys.executable, str(ROOT / "benchmark" / "speed.py"), "--rounds", "1"]
+def test_the_speed_benchmark_runs(tmp_path):
+    """All quantities of all scripts, with the machine, on the screen and in a CSV."""
+    command = [sys.executable, str(ROOT / "benchmark" / "speed.py"), "--rounds", "1", "--csv",
+               str(tmp_path / "speed.csv")]
     process = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stderr
-    assert process.stdout.count("updates/s") == len(SCRIPTS)
+    heads, _, *rows = [line.split(" | ") for line in process.stdout.splitlines()
+                       if line.startswith("|")]
+    assert [row[0].strip("| ") for row in rows] == SCRIPTS
+    with open(tmp_path / "speed.csv", newline="") as file:
+        cells = list(csv.DictReader(file))
+    assert all("cores" in cell["hardware"] and float(cell["value"]) > 0 for cell in cells)
+    for row in rows:
+        named = dict(zip(heads, row, strict=True))
+        for head in ("updates/s", "frames/s, images too", "steps/s, end to end", "peak GiB"):
+            (value,) = [float(cell["value"]) for cell in cells
+                        if (cell["subject"], cell["quantity"]) == (row[0].strip("| "), head)]
+            assert float(named[head].replace(",", "")) == pytest.approx(value, abs=0.51)
+        assert float(named["busy with updates"]) > 0

@@ -353,11 +353,12 @@ def test_cadence_after_the_burst():
 
 def test_the_actor_moves_at_even_steps_as_published():
     """Update u >= 1000 is made at step u + 1; theirs gates on step % 2 == 0."""
-    agent = make_agent(pretrain_updates=1000)
+    agent = make_agent(pretrain_updates=1000, decoder_every_updates=10, target_every_updates=3)
     for updates in (0, 1, 998, 999, 1000, 1001, 1002, 5000):
         agent.updates = updates
         step = 1000 if updates < 1000 else updates + 1
-        assert agent.due(2) == (step % 2 == 0) and agent.due(10) == (step % 10 == 0)
+        every_third = updates < 1000 or step % 3 == 1  # theirs counts from 1000
+        assert agent.cadence() == (step % 2 == 0, step % 10 == 0, every_third)
 
 
 @pytest.mark.parametrize("every", [1, 4])

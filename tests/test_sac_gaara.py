@@ -515,7 +515,7 @@ def test_no_pass_is_made_twice(changes, actor_due, passes):
         net = getattr(agent, name).convs
         net.register_forward_hook(lambda *_, n=name: counts.update({n: counts[n] + 1}))
     agent.updates = 1 if actor_due else 2
-    assert agent.due(2) == actor_due
+    assert agent.cadence()[0] == actor_due
     agent.update(make_batch(agent))
     assert counts == {"encoder": passes, "target_encoder": 2}
 

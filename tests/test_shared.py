@@ -13,8 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["sac_ae.py", "sac_gaara.py", "slac.py", "dreamerv2.py", "pearl_pixels.py"]
-CAPS = {"sac_ae.py": 1166, "sac_gaara.py": 1265, "slac.py": 1273, "dreamerv2.py": 1395,
-        "pearl_pixels.py": 1539}  # lines
+CAPS = {"sac_ae.py": 1257, "sac_gaara.py": 1356, "slac.py": 1369, "dreamerv2.py": 1494,
+        "pearl_pixels.py": 1630}  # lines
 EACH = tuple(SCRIPTS)
 VARIES = {  # name: (scripts with a text of their own, or two that share one; all others share
     # another, the reason)
