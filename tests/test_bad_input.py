@@ -6,8 +6,8 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,13 +127,22 @@ def assert_refused(process, flag, remedy):
     assert lines[0].startswith(f"error: {flag}: ") and remedy in lines[0]
 
 
-def test_refused(name, tmp_path):
-    """One after the other, so that each case need not be skipped for the other scripts."""
+def test_refused(name, tmp_path, monkeypatch, capsys):
+    """All cases in this process, and the first of the script's own as a user would meet it."""
+    module, none = __import__(name), lambda *_: pytest.fail("it trains")
+    monkeypatch.setattr(module, "train", none)
     for flags, flag, remedy in BAD + BAD_SUITE * (name in SUITE) + OWN[name]:
-        began = time.monotonic()
         where = "" if "--runs-dir" in flags else f" --runs-dir {tmp_path}/runs"
-        assert_refused(run(name, flags + where), flag, remedy)
-        assert time.monotonic() - began < 30 and not list(tmp_path.iterdir())
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *(flags + where).split()])
+        with pytest.raises(SystemExit) as end:
+            module.main(module.parse_args())
+        errors = capsys.readouterr().err
+        assert_refused(SimpleNamespace(returncode=end.value.code, stdout=flags, stderr=errors),
+                       flag, remedy)
+        assert not list(tmp_path.iterdir())
+    flags, flag, remedy = OWN[name][0]
+    assert_refused(run(name, f"{flags} --runs-dir {tmp_path}/runs"), flag, remedy)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("flags", ["--bach-size 3", "--gamma three", "--render pretty", "7"])
