@@ -391,8 +391,11 @@ class PixelEnv:
 
 
 def upload(values, device):
-    """Array, number or tensor as a tensor on `device`; CUDA takes a copy and nothing waits."""
-    return torch.as_tensor(values).to(device, non_blocking=device.startswith("cuda"))
+    """Array, number or tensor as a tensor on `device`. To CUDA from pinned memory, so that nothing
+    waits for what the GPU still has to do."""
+    tensor, cuda = torch.as_tensor(values), device.startswith("cuda")
+    tensor = tensor.pin_memory() if cuda and tensor.is_cpu else tensor
+    return tensor.to(device, non_blocking=cuda)
 
 
 class ReplayBuffer:
@@ -594,7 +597,8 @@ def minimize(loss, optimizer):
     else, whatever the loss was computed with, and is clipped to a norm of 100."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad()
-    loss.backward(inputs=parameters)
+    with torch.autocast(loss.device.type, enabled=False):  # backward goes by what forward did
+        loss.backward(inputs=parameters)
     nn.utils.clip_grad_norm_(parameters, 100.0)
     optimizer.step()
 
@@ -1021,20 +1025,22 @@ class Agent(nn.Module):
 
 
 def rng_state():
-    """PyTorch's random state on the CPU and on the accelerators in use."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    mps = [torch.mps.get_rng_state()] if torch.backends.mps.is_available() else []
-    return [torch.get_rng_state(), *cuda, *mps]
+    """PyTorch's random state on the CPU and on the accelerator in use."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        states["mps"] = torch.mps.get_rng_state()
+    return states
 
 
 def set_rng_state(states):
-    """Puts back what rng_state gave."""
-    cpu, *others = [state.cpu() for state in states]
-    torch.set_rng_state(cpu)
-    if torch.cuda.is_initialized():
-        torch.cuda.set_rng_state_all(others)
-    elif others and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(others[0])
+    """Puts back what rng_state gave, as far as this machine has the same."""
+    torch.set_rng_state(states["cpu"].cpu())
+    if "cuda" in states and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(states["cuda"].cpu())
+    if "mps" in states and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(states["mps"].cpu())
 
 
 def evaluate(act, env, seed, episodes, video_size=0):
@@ -1248,12 +1254,15 @@ class CudaGraph:
             now.wait_stream(self.stream)
             return outputs
         if key not in self.graphs:
-            for group in (g for o in agent.optimizers.values() for g in o.param_groups):
-                group["capturable"] = True
+            groups = [g for o in agent.optimizers.values() for g in o.param_groups]
             places = tree_map_only(torch.Tensor, torch.clone, inputs)
             graph, before = torch.cuda.CUDAGraph(), agent.updates
+            for group in groups:
+                group["capturable"] = True
             with torch.cuda.graph(graph):  # launches nothing
                 outputs = self.method(*places, **options)
+            for group in groups:
+                group["capturable"] = False
             self.graphs[key] = graph, places, outputs, agent.updates - before
             agent.updates = before
         graph, places, outputs, updates = self.graphs[key]
@@ -1444,7 +1453,9 @@ def main(args):
         refuse("device", f"{args.device} cannot be used; try auto ({str(e).splitlines()[0]})")
     if args.cuda_graph and not args.device.startswith("cuda"):
         refuse("cuda_graph", f"{args.device} has none; only --device cuda does")
-    tf32 = args.precision != "fp32"
+    if args.device.startswith("cuda:"):
+        torch.cuda.set_device(args.device)
+    tf32 = args.precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     if args.evaluate:
         print("summary " + json.dumps(play(args) | {"run_dir": args.evaluate}))

@@ -66,6 +66,16 @@ def page(a, b):
     return PAGE.format(a=html.escape(f"{a}.py"), b=html.escape(f"{b}.py"), counts=text, table=table)
 
 
+def write(pairs, out):
+    """Writes the pages of these pairs of scripts into a folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "style.css").write_text(STYLE)
+    for a, b in pairs:
+        path = out / f"{a}-{b}.html"
+        path.write_text(page(a, b))
+        print(path, *counts(read(a), read(b)))
+
+
 def main():
     names = sorted(path.stem for path in ROOT.glob("*.py"))
     parser = argparse.ArgumentParser(
@@ -75,12 +85,7 @@ def main():
     args = parser.parse_args()
     if len(args.pair) not in (0, 2) or not set(args.pair) <= set(names):
         parser.error(f"two of {', '.join(names)}, or none for all pairs of the README")
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "style.css").write_text(STYLE)
-    for a, b in [args.pair] if args.pair else PAIRS:
-        path = args.out / f"{a}-{b}.html"
-        path.write_text(page(a, b))
-        print(path, *counts(read(a), read(b)))
+    write([args.pair] if args.pair else PAIRS, args.out)
 
 
 if __name__ == "__main__":

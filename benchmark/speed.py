@@ -121,7 +121,7 @@ def own(name, env_id, flags):
     args = tyro.cli(module.Args, args=flags)
     args.action_repeat = args.action_repeat or module.ACTION_REPEAT.get(args.env_id, 2)
     agent, buffer, rng = (filled_tasks if pearl else filled)(module, args)
-    tf32 = args.precision != "fp32"
+    tf32 = args.precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
     env, calls = environment(module, args)
 

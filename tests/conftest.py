@@ -41,6 +41,18 @@ TINY = {
 }
 
 
+TRAINS = {  # what moves when one step is taken on a loss; SAC+GAARA's other losses are SAC+AE's
+    "sac_ae": {"critic": {"encoder.convs", "encoder.head", "critic"},
+               "actor": {"actor.head", "actor.trunk"}, "alpha": {"log_alpha"},
+               "reconstruction": {"encoder.convs", "encoder.head", "decoder"}},
+    "sac_gaara": {"contrastive": {"encoder.convs", "encoder.head", "similarity"}},
+    "slac": {"KL + image + reward": {"model"}, "critic": {"critic"}, "actor": {"actor"},
+             "alpha": {"log_alpha"}},
+    "dreamerv2": {"KL + image + reward": {"encoder", "rssm", "decoder", "reward"},
+                  "actor": {"actor"}, "critic": {"critic"}},
+    "pearl_pixels": {"Q": {"q1", "q2", "context_encoder"}, "KL": {"context_encoder"}, "V": {"v"},
+                     "actor": {"actor"}},
+}  # fmt: skip
 REPRESENTATIVES = ("sac_ae",)  # holds all text that scripts share
 
 

@@ -76,7 +76,8 @@ def test_every_study_is_made_of_commands_that_the_scripts_take(name):
     ("SLAC", ["slac-a-model", "slac-b-inputs", "slac-c-pretraining", "slac-d-updates"])])
 def test_the_readmes_variants_with_a_published_figure_are_in_a_study(section, names):
     """The flags of the tables' rows, in the order in which they stand there."""
-    text = (ROOT / "README.md").read_text().split(f"## {section}\n")[1].split("\n## ")[0]
+    text = (ROOT / "benchmark" / "README.md").read_text()
+    text = text.split(f"## {section}\n")[1].split("\n## ")[0]
     known = [f" {v.flags} " for name in names for v in studies.STUDIES[name].values()]
     rows = [row.split("|") for row in text.splitlines() if row.startswith("| ")]
     rows = [row for row in rows if section == "SAC+AE" or re.search(r"figure|\d / \d", row[3])]
@@ -506,7 +507,7 @@ def test_a_page_shows_both_sides_of_every_hunk():
 
 def test_the_readmes_ratios_are_what_was_recorded():
     """benchmark/results/speed: what speed.py printed beside each of the authors' codes."""
-    readme, ratios = (ROOT / "README.md").read_text(), {}
+    readme, ratios = (ROOT / "benchmark" / "README.md").read_text(), {}
     for path in (ROOT / "benchmark" / "results" / "speed").glob("*.txt"):
         text = path.read_text()
         theirs, ours = (float(ms) for ms in re.findall(r"two updates +(\d+\.\d+)", text)[::-1])

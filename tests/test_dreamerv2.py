@@ -13,7 +13,7 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 import tyro
-from conftest import ROOT, TINY, run, summary, tiny_args
+from conftest import ROOT, TINY, TRAINS, run, summary, tiny_args
 from test_run import assert_same, train
 
 import dreamerv2 as script
@@ -432,7 +432,8 @@ def moved(agent, step):
 
 ALL = {"infonce_weight": 1.0, "spr_weight": 1.0, "mask_ratio": 0.5, "shift": 2,
        "discount_head": True}
-MODEL = {"encoder", "rssm", "decoder", "reward"}
+TRAINS = TRAINS["dreamerv2"]
+MODEL = TRAINS["KL + image + reward"]
 EXTRA = {"discount", "projection", "similarity", "predictor", "masked_decoder", "masked_reward"}
 
 
@@ -444,7 +445,7 @@ def test_who_trains_what(changes, model):
         step = optimizer.step
         optimizer.step = lambda name=name, step=step: steps.update({name: moved(agent, step)})
     copied = moved(agent, lambda: agent.update(make_batch(agent)))
-    assert steps == {"model": model, "actor": {"actor"}, "critic": {"critic"}}
+    assert steps == {"model": model, "actor": TRAINS["actor"], "critic": TRAINS["critic"]}
     targets = {"target_critic"} | ({"target_encoder", "target_projection"} if changes else set())
     assert copied == model | {"actor", "critic"} | targets
 
@@ -1012,7 +1013,7 @@ def test_a_static_toy_task_is_solved():
 def test_the_studies_are_accepted():
     """Every command line of the README's table, and of benchmark/studies.py, whose parts are each
     left out once."""
-    text = (ROOT / "README.md").read_text().split("## DreamerV2")[1].split("\n## ")[0]
+    text = (ROOT / "benchmark" / "README.md").read_text().split("## DreamerV2")[1].split("\n## ")[0]
     rows = [row.split("|")[2] for row in text.splitlines() if row.startswith("| ") and "--" in row]
     lines = [flags for row in rows for flags in row.split("`")[1::2]]
     assert len(rows) == 8 and len(lines) > 8

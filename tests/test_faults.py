@@ -241,16 +241,16 @@ def test_a_disk_that_is_full_at_the_start_is_refused(name, tmp_path):
     assert "No space left" in process.stderr and "Traceback" not in process.stderr
 
 
-def test_a_folder_that_is_deleted_costs_warnings(module, tmp_path, monkeypatch, capsys):
-    update, run_dir = module.Agent.update, tmp_path / "run"
+def test_a_folder_that_is_deleted_costs_warnings(loop, tmp_path, monkeypatch, capsys):
+    update, run_dir = loop.Agent.update, tmp_path / "run"
 
     def deletes(self, batch):
         if self.updates == 5:
             shutil.rmtree(run_dir)
         return update(self, batch)
 
-    monkeypatch.setattr(module.Agent, "update", deletes)
-    numbers, checkpoint = train(module, run_dir)
+    monkeypatch.setattr(loop.Agent, "update", deletes)
+    numbers, checkpoint = train(loop, run_dir)
     assert checkpoint is None and math.isfinite(numbers["eval_return"])
     assert "warning: checkpoint not written" in capsys.readouterr().err
 
@@ -407,12 +407,6 @@ def stops_and_spares_the_checkpoint(module, run_dir, reference, monkeypatch, inj
     is_whole(module, run_dir, reference)
 
 
-@pytest.fixture
-def stopped(module, half_done, tmp_path):
-    shutil.copytree(half_done(module), tmp_path / "run")
-    return tmp_path / "run"
-
-
 def nan_loss(module, patch):
     update = module.Agent.update
 
@@ -454,11 +448,12 @@ def failing_environment(module, patch):
     (nan_loss, "error: loss/.* is nan after"), (nan_action, "error: the action is nan"),
     (nan_reward, "error: loss/.* is nan after"),
     (failing_environment, "Physics state is invalid")])
-def test_what_stops_a_run_spares_its_checkpoint(module, stopped, undisturbed, monkeypatch, inject,
-                                                match):
+def test_what_stops_a_run_spares_its_checkpoint(loop, half_done, tmp_path, undisturbed, monkeypatch,
+                                                inject, match):
     """A loss, an action, a reward that is NaN; an environment that raises."""
-    stops_and_spares_the_checkpoint(module, stopped, undisturbed(module), monkeypatch,
-                                    lambda patch: inject(module, patch), match)
+    shutil.copytree(half_done(loop), tmp_path / "run")
+    stops_and_spares_the_checkpoint(loop, tmp_path / "run", undisturbed(loop), monkeypatch,
+                                    lambda patch: inject(loop, patch), match)
 
 
 STATES = {"sac_ae": "--obs state --reconstruction none --frame-stack 1",
@@ -496,15 +491,15 @@ def test_two_processes_cannot_run_in_one_folder(name, half_done, tmp_path, capsy
     module.main(args)
 
 
-def test_clocks_that_jump_change_nothing(module, tmp_path, undisturbed, monkeypatch):
+def test_clocks_that_jump_change_nothing(loop, tmp_path, undisturbed, monkeypatch):
     """The clock of the day goes a year back and forth at random."""
     jumps = random.Random(0)
     real = time.time
     monkeypatch.setattr(time, "time", lambda: real() + jumps.uniform(-3e7, 3e7))
-    train(module, tmp_path / "run")
+    train(loop, tmp_path / "run")
     monkeypatch.undo()
-    is_whole(module, tmp_path / "run", undisturbed(module))
-    rows = module.csv.DictReader((tmp_path / "run" / "metrics.csv").open())
+    is_whole(loop, tmp_path / "run", undisturbed(loop))
+    rows = loop.csv.DictReader((tmp_path / "run" / "metrics.csv").open())
     seconds = [float(row["time/wall_s"]) for row in rows]
     assert seconds == sorted(seconds) and seconds[-1] < 600
 

@@ -4,6 +4,7 @@ that of eager code bit by bit. The second part needs a GPU and is left out witho
 
 import contextlib
 import functools
+import gc
 import importlib
 import math
 from types import SimpleNamespace
@@ -84,6 +85,7 @@ def stand_in(monkeypatch):
 
 def tiny_agent(name, flags=(), device="cpu"):
     """The module, and an agent, a replay buffer of noise and a rng at the size of a tiny run."""
+    gc.collect()  # a graph that dies while another is recorded would spoil that
     module = importlib.import_module(name)
     args = tyro.cli(module.Args, args=[*TINY[name].split(), "--device", device, *flags])
     args.action_repeat = args.action_repeat or 2
@@ -261,12 +263,14 @@ def test_adding_and_sampling_wait_for_nothing(name, monkeypatch):
         monkeypatch.setattr(torch.Tensor, method, guard(getattr(torch.Tensor, method)))
     buffer.add(noise_step(module, spec_of(module, buffer), rng, False))
     agent.sample(buffer, rng)
-    queued = []
+    queued, pinned = [], SimpleNamespace(
+        to=lambda device, non_blocking: queued.append(("pinned", device, non_blocking)))
     monkeypatch.setattr(torch, "as_tensor", lambda values: SimpleNamespace(
+        is_cpu=True, pin_memory=lambda: pinned,
         to=lambda device, non_blocking: queued.append((device, non_blocking))))
     real(np.zeros(3), "cuda:1")
     real(np.zeros(3), "mps")  # whose copies would read memory that is gone
-    assert queued == [("cuda:1", True), ("mps", False)]
+    assert queued == [("pinned", "cuda:1", True), ("mps", False)]
 
 
 # ---- precision ---------------------------------------------------------------------------------
@@ -293,6 +297,20 @@ def test_bfloat16_changes_the_losses_little_and_no_parameters_type(name, flags):
     assert any(fp32[k] != bf16[k] for k in fp32)
     for k in fp32:
         torch.testing.assert_close(bf16[k], fp32[k], rtol=0.05, atol=0.02, msg=k)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_gradients_of_last_layers_are_float32(name, monkeypatch):
+    """backward() runs outside autocast: not all of them are numbers that bfloat16 has."""
+    flags = ["--pretrain-updates", "0"] if "--pretrain-updates" in TINY[name] else []
+    module, agent, buffer, rng = tiny_agent(name, [*flags, "--precision", "bf16"])
+    layers = [m for m in agent.modules() if isinstance(m, module.Linear32)]
+    with module.autocast(agent.args):
+        agent.update(agent.sample(buffer, rng))
+    grads = [m.weight.grad for m in layers if m.weight.grad is not None]
+    assert len(grads) >= 2
+    for grad in grads:
+        assert not torch.equal(grad, grad.bfloat16().float()) or not grad.any()
 
 
 def test_values_keep_the_digits_that_bfloat16_lacks(script):
@@ -322,6 +340,7 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA dev
 @pytest.mark.parametrize(("name", "flags", "forms"), CASES)
 def test_graphs_are_eager_code_on_a_gpu(name, flags, forms):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
     (eager, _), (recorded, graphs) = (
         history(name, flags.split(), graph, 26, "cuda") for graph in (False, True))
     for i, (a, b) in enumerate(zip(eager, recorded, strict=True)):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import sac_steps
+from conftest import TRAINS, sac_steps
 from torch.distributions import Independent, Normal, TransformedDistribution
 from torch.distributions.transforms import TanhTransform
 
@@ -236,12 +236,7 @@ def test_kl_weight_is_beta_one_at_full_size():
 
 # ---- who trains what ----
 
-TRAINS = {  # parts that move when one step is taken on the loss
-    "critic": {"encoder.convs", "encoder.head", "critic"},
-    "actor": {"actor.head", "actor.trunk"},
-    "alpha": {"log_alpha"},
-    "reconstruction": {"encoder.convs", "encoder.head", "decoder"},
-}
+TRAINS = TRAINS["sac_ae"]
 PARTS = ["encoder.convs", "encoder.head", "actor.head", "actor.trunk", "critic", "decoder",
          "log_alpha", "target_encoder", "target_critic"]
 VARIANTS = {
@@ -461,7 +456,7 @@ def test_losses_are_reproducible():
 def test_the_readmes_variants_are_accepted():
     import tyro
 
-    text = (Path(script.__file__).parent / "README.md").read_text()
+    text = (Path(script.__file__).parent / "benchmark" / "README.md").read_text()
     text = text.split("\n## SAC+AE")[1].split("\n## ")[0].replace("\\\n", " ")
     flags = [f for f in re.findall(r"`(--[^`]+)`", text) if "reconstruction" in f or "every" in f]
     flags += re.findall(r"python sac_ae.py (--obs[^\n]+)\n", text)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import sac_steps, tiny_args
+from conftest import TRAINS, sac_steps, tiny_args
 from scipy import stats
 
 import sac_ae
@@ -260,7 +260,7 @@ PARTS = ["encoder.convs", "encoder.head", "actor", "critic", "decoder", "log_alp
          "target_encoder", "target_critic", "similarity"]
 ENCODER = {"encoder.convs", "encoder.head"}
 CONTRASTIVE = [
-    ({}, ENCODER | {"similarity"}),
+    ({}, TRAINS["sac_gaara"]["contrastive"]),
     ({"train_similarity": False}, ENCODER),
     ({"contrast": "discriminator"}, ENCODER),
     ({"positive_encoder": "online"}, ENCODER | {"similarity"}),
@@ -554,7 +554,7 @@ def test_state_without_contrast_is_plain_sac():
 def test_the_readmes_variants_are_accepted():
     import tyro
 
-    text = (Path(script.__file__).parent / "README.md").read_text()
+    text = (Path(script.__file__).parent / "benchmark" / "README.md").read_text()
     section = text.split("\n## SAC+GAARA")[1].split("\n## ")[0].replace("\\\n", " ")
     flags = re.findall(r"`((?:--[\w-]+[^`]*)+)`", section)
     lines = [f for f in flags if re.search(r"--(contrast|anneal|obs-crop|reconstruction)", f)]

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_args
+from conftest import TRAINS, tiny_args
 from torch.distributions import Independent, Normal, TransformedDistribution, kl_divergence
 from torch.distributions.transforms import TanhTransform
 
@@ -585,13 +585,14 @@ def test_who_trains_what():
         loss, _ = agent.actor_loss(seen["history"][:, 0], seen["latent"][:, 0])
         script.minimize(loss, agent.optimizers["actor"])
 
+    trains = TRAINS["slac"]
     some, changed = moved(agent, model)
-    assert some == {"model"}
+    assert some == trains["KL + image + reward"]
     assert changed == {k for k in agent.state_dict() if k.startswith("model.")}  # every tensor
-    assert moved(agent, critic)[0] == {"critic"}
-    assert moved(agent, actor)[0] == {"actor"}
+    assert moved(agent, critic)[0] == trains["critic"]
+    assert moved(agent, actor)[0] == trains["actor"]
     assert moved(agent, lambda: script.minimize(
-        agent.alpha_loss(torch.ones(3, 1)), agent.optimizers["alpha"]))[0] == {"log_alpha"}
+        agent.alpha_loss(torch.ones(3, 1)), agent.optimizers["alpha"]))[0] == trains["alpha"]
 
 
 def test_the_burst_trains_the_model_alone_then_all_at_once():
@@ -762,7 +763,7 @@ ROWS = {  # of the README's table: the latent model's switches that they stand f
 def test_the_readmes_variants_are_accepted():
     import tyro
 
-    text = (Path(script.__file__).parent / "README.md").read_text()
+    text = (Path(script.__file__).parent / "benchmark" / "README.md").read_text()
     section = text.split("\n## SLAC")[1].split("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("|") and "`--" in line]
     rows = {line.split("|")[1].strip(): line for line in lines}

@@ -1,0 +1,196 @@
+"""Makes the parts of README.md and benchmark/README.md that come from the code and the results.
+
+    python benchmark/docs.py            mends both files, the pages of differences and the pictures
+    python benchmark/docs.py --check    exit status 1 if the text of one of them is stale
+
+From `<!-- docs.py NAME -->` to the next empty line stands what the function NAME here returns. In a
+link such as [`text`](file.py#L12) the number is that of the line which has this text; it must be
+the only one.
+"""
+
+import argparse
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+
+import diff
+from run import SCRIPTS
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmark" / "results"
+TITLES = {
+    "sac_ae": "SAC+AE, [Yarats et al. 2019](https://arxiv.org/abs/1910.01741)",
+    "sac_gaara": "SAC+GAARA, [Chen & Gong 2022](https://github.com/Otsuts/SAC-GAARA)",
+    "slac": "SLAC, [Lee et al. 2020](https://arxiv.org/abs/1907.00953)",
+    "dreamerv2": "DreamerV2, [Hafner et al. 2021](https://arxiv.org/abs/2010.02193)",
+    "pearl_pixels": "PEARL from pixels, [Rakelly et al. 2019](https://arxiv.org/abs/1903.08254)",
+}
+NEW = {  # in each, against the one before
+    "sac_ae": "SAC; an encoder that critic and reconstruction train",
+    "sac_gaara": "a contrastive loss between two crops; CURL and RAD by switches",
+    "slac": "a latent model of sequences in place of the autoencoder",
+    "dreamerv2": "a recurrent model, in which the policy learns without images",
+    "pearl_pixels": "SAC again, over many tasks, with an inferred task variable",
+}
+PEERS = {  # file in results/speed: (what is timed, the other code)
+    "sac_ae": ("`sac_ae.py`", "pytorch_sac_ae"), "sac_gaara": ("`sac_gaara.py`", "SAC-GAARA"),
+    "sac_gaara-curl": ("the same as CURL", "curl"), "slac": ("`slac.py`", "slac.pytorch"),
+    "dreamerv2": ("`dreamerv2.py`, equal networks, batches and horizon", "dreamer-torch"),
+    "pearl_pixels": ("`pearl_pixels.py` from states, 16 tasks of 256 transitions", "oyster"),
+}  # fmt: skip
+
+
+def lines_of(name):
+    """A script's lines."""
+    return (ROOT / f"{name}.py").read_text().splitlines()
+
+
+def rows_to_table(*rows):
+    """Markdown."""
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    return [head, "| - " * len(rows[0]) + "|", *body]
+
+
+def scripts():
+    """What each script is, its size, what its smoke runs of seeds 1, 2, 3 reached."""
+    rows = [("script", "algorithm", "new in it", "lines (networks, losses, update, helpers)",
+             "smoke run, seeds 1, 2, 3 (random policy)")]  # fmt: skip
+    for name in SCRIPTS:
+        lines = lines_of(name)
+        first, last = (next(i for i, line in enumerate(lines) if line.startswith(f"# ---- {word}"))
+                       for word in ("helpers", "evaluate"))  # fmt: skip
+        runs = json.loads((RESULTS / "smoke" / name / "meta.json").read_text())["runs"]
+        pearl = "return_by_context" in runs[0]
+        returns = ", ".join(f"{run['eval_return']:.0f}" for run in runs)
+        random = [run["return_by_context"][0][0] if pearl else run["random_return"] for run in runs]
+        random = ", ".join(f"{value:.1f}" for value in random)
+        minutes = sorted(run["wall_s"] for run in runs)[1] / 60
+        note = "; after two trajectories (none)" * pearl
+        rows.append((f"[`{name}`]({name}.py)", TITLES[name], NEW[name],
+                     f"{len(lines)} ({last - first})", f"{runs[0]['env_id']} {returns} ({random}) "
+                     f"in {minutes:.0f} minutes{note}"))  # fmt: skip
+    return rows_to_table(*rows)
+
+
+def picture(name):
+    """The data flow as the script's docstring draws it."""
+    text = "\n".join(lines_of(name)).split('"""')[1]
+    drawn = [part for part in text.split("\n\n") if part.startswith("    ")][0]
+    return ["```", *(line[4:] for line in drawn.strip("\n").splitlines()), "```"]
+
+
+def trains():
+    """What moves by one step on a loss: TRAINS in tests/conftest.py, which tests hold."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from conftest import TRAINS
+
+    rows = [("script", "loss: what its step moves")]
+    for name, losses in TRAINS.items():
+        cells = [f"{loss}: " + ", ".join(f"`{part}`" for part in sorted(parts))
+                 for loss, parts in losses.items()]  # fmt: skip
+        rows.append((f"`{name}`", "; ".join(cells)))
+    return rows_to_table(*rows)
+
+
+def equations():
+    """The lines that carry the name of an equation or a line of an algorithm."""
+    rows = [("script", "equation and line")]
+    for name in SCRIPTS:
+        found = {}
+        for i, line in enumerate(lines_of(name), 1):
+            for tag in re.findall(r"\[([A-Z][\w+&]* [^\]\n]+)\]", line.partition("  # ")[2]):
+                found.setdefault(tag, []).append(f"[{i}]({name}.py#L{i})")
+        cells = [f"{tag} {', '.join(places)}" for tag, places in found.items()]
+        rows.append((f"`{name}`", "; ".join(cells)))
+    return rows_to_table(*rows)
+
+
+def speed():
+    """Ratios to the authors' code, from what speed.py printed."""
+    rows = [("two updates at the default configuration, batches drawn", "ours", "theirs", "")]
+    for stem, (ours, theirs) in PEERS.items():
+        text = (RESULTS / "speed" / f"{stem}.txt").read_text()
+        mine, other = (float(ms) / 1000 for ms in re.findall(r"two updates +(\d+\.\d+)", text))
+        ratio = re.search(r"the authors': (\d+\.\d\d)x", text)[1]
+        rows.append((f"{ours}; {theirs}", f"{mine:.2f} s", f"{other:.2f} s", f"{ratio} times"))
+    return rows_to_table(*rows)
+
+
+def differences():
+    """How much differs between two scripts, and the page that shows it."""
+    rows = [("pair", "lines added", "removed", "hunks")]
+    for a, b in diff.PAIRS:
+        counts = diff.counts(diff.read(a), diff.read(b))
+        rows.append((f"[{a}, {b}](diffs/{a}-{b}.html)", *map(str, counts)))
+    return rows_to_table(*rows)
+
+
+def mended(path):
+    """The text of a README as it should be; raises where a link's text is not that of one line."""
+    text = path.read_text()
+
+    def block(match):
+        name, *words = match[1].split()
+        made = "\n".join(globals()[name](*words))
+        return f"<!-- docs.py {match[1]} -->\n{made}\n"
+
+    def anchor(match):
+        code, file = match[1], match[2]
+        found = [i for i, line in enumerate((ROOT / file).read_text().splitlines(), 1)
+                 if code in line]  # fmt: skip
+        if len(found) != 1:
+            raise ValueError(f"{path.name}: `{code}` stands in {len(found)} lines of {file}")
+        return f"[`{code}`]({file}#L{found[0]})"
+
+    text = re.sub(r"<!-- docs.py (.*?) -->\n(.+\n)*", block, text)
+    return re.sub(r"\[`([^`]+)`\]\((\w+\.py)#L\d+\)", anchor, text)
+
+
+def draw(path):
+    """The metrics of healthy smoke runs, seed 1 of each."""
+    from matplotlib.figure import Figure
+
+    wanted = {
+        "sac_ae": ["loss/critic", "loss/reconstruction", "stat/alpha", "stat/entropy"],
+        "sac_gaara": ["loss/contrastive"], "slac": ["loss/kl", "loss/image", "loss/reward"],
+        "dreamerv2": ["stat/kl", "loss/image", "stat/imagined_return", "stat/entropy"],
+        "pearl_pixels": ["loss/q", "loss/kl", "stat/posterior_var", "eval/gain"],
+    }  # fmt: skip
+    panels = [(name, metric) for name, metrics in wanted.items() for metric in metrics]
+    figure = Figure((10, 8), layout="constrained", dpi=90)
+    for i, (name, metric) in enumerate(panels):
+        axis = figure.add_subplot(4, 4, i + 1)
+        with open(RESULTS / "smoke" / name / "seed1.csv", newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row.get(metric)]
+        axis.plot([float(row["frames"]) / 1000 for row in rows],
+                  [float(row[metric]) for row in rows], color="#0072B2", lw=1.2)  # fmt: skip
+        axis.set_title(f"{name}\n{metric}", fontsize=9)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    figure.supxlabel("thousand frames", fontsize=9)
+    figure.savefig(path)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    args = parser.parse_args()
+    stale = []
+    for path in (ROOT / "README.md", ROOT / "benchmark" / "README.md"):
+        text = mended(path)
+        if text != path.read_text():
+            stale.append(path.name)
+            if not args.check:
+                path.write_text(text)
+    if not args.check:
+        draw(RESULTS / "smoke" / "metrics.png")
+        diff.write(diff.PAIRS, ROOT / "benchmark" / "diffs")
+    print("stale: " + ", ".join(stale) if stale else "nothing was stale")
+    return int(args.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
