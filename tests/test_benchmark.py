@@ -207,7 +207,7 @@ def wait_for_checkpoint(out, process, seconds=100):
         time.sleep(0.02)
 
 
-LONGER = FLAGS.replace("--total-frames 4000", "--total-frames 20000")
+LONGER = FLAGS.replace("--total-frames 4000", "--total-frames 14000")
 
 
 def rows_of(out):

@@ -152,7 +152,7 @@ def test_a_signal_writes_a_checkpoint_and_two_stop_at_once(loop, tmp_path, undis
     name = loop.__name__
     process = subprocess.Popen(
         command(name, f"{TINY[name]} --runs-dir {tmp_path}"), stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL, text=True)
+        stdout=subprocess.PIPE, text=True)
     until = time.monotonic() + 100
     while not list(tmp_path.glob("*/checkpoint.pt")):
         assert process.poll() is None and time.monotonic() < until
@@ -162,8 +162,13 @@ def test_a_signal_writes_a_checkpoint_and_two_stop_at_once(loop, tmp_path, undis
         while "once more" not in process.stderr.readline():
             pass
         process.send_signal(number)
-    assert process.wait(60) in ((128 + number,) if number == signal.SIGTERM else (-number, 130))
+    output, errors = process.communicate(timeout=60)
     (run_dir,) = tmp_path.iterdir()
+    if number == signal.SIGTERM:
+        assert process.returncode == 143 and "once more" in errors and "Traceback" not in errors
+        assert f"--resume {run_dir}" in output
+    else:
+        assert process.returncode in (-number, 130)
     summary(run(name, f"--resume {run_dir}"))
     is_whole(loop, run_dir, undisturbed(loop))
 

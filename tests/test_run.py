@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,7 +12,7 @@ from pathlib import Path
 import imageio.v3 as imageio
 import pytest
 import torch
-from conftest import SUITE, TINY, command, run, summary, tiny_args
+from conftest import SUITE, TINY, run, summary, tiny_args
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
@@ -187,31 +186,6 @@ def wait_for(path, process, seconds=120):
 
 
 @pytest.mark.shared
-@pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130),
-                                          (signal.SIGTERM, 143)])
-def test_signals(whole, tmp_path, number, code):
-    """kill -9 loses what came after the checkpoint; the other two write one first."""
-    name, numbers = whole
-    flags = TINY[name].replace("--no-video", "") + f" --runs-dir {tmp_path}"
-    process = subprocess.Popen(command(name, flags), stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
-    run_dir = wait_for(tmp_path, process)
-    time.sleep(0.3)
-    process.send_signal(number)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode == code
-    if number != signal.SIGKILL:
-        assert f"--resume {run_dir}" in output and "once more" in errors
-        assert "Traceback" not in errors
-    resumed = summary(run(name, f"--resume {run_dir}"))
-    assert resumed["eval_return"] == numbers["eval_return"]
-    one, two = (torch.load(Path(d, "checkpoint.pt"), weights_only=True)
-                for d in (numbers["run_dir"], run_dir))
-    assert_same(one, two)
-    assert metrics(numbers["run_dir"]) == metrics(run_dir)
-
-
-@pytest.mark.shared
 def test_a_second_signal_stops_at_once(script, capsys):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     try:
@@ -223,68 +197,6 @@ def test_a_second_signal_stops_at_once(script, capsys):
     finally:
         signal.signal(signal.SIGINT, before[0])
         signal.signal(signal.SIGTERM, before[1])
-
-
-PATCH = """
-import os, runpy, signal, sys, torch
-calls, write = [0], torch.save
-def save(payload, file):
-    write(payload, file)
-    if "replay" not in file.name:
-        calls[0] += 1
-        if calls[0] >= 2:
-            {fault}
-torch.save = save
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def patched(name, flags, fault):
-    """Runs a script with a fault at the moment when its second checkpoint is half written."""
-    code = PATCH.format(fault=fault)
-    return subprocess.run([sys.executable, "-c", code, *command(name, flags)[1:]],
-                          capture_output=True, text=True, timeout=300)
-
-
-@pytest.mark.shared
-def test_kill_during_save(whole, tmp_path):
-    name, numbers = whole
-    flags = TINY[name].replace("--no-video", "") + f" --runs-dir {tmp_path}"
-    process = patched(name, flags, "os.kill(os.getpid(), signal.SIGKILL)")
-    assert process.returncode == -9, process.stderr
-    (run_dir,) = tmp_path.iterdir()
-    assert (run_dir / "checkpoint.part").exists()
-    assert summary(run(name, f"--resume {run_dir}"))["eval_return"] == numbers["eval_return"]
-    assert metrics(numbers["run_dir"]) == metrics(run_dir)
-
-
-@pytest.mark.shared
-def test_full_disk_costs_a_warning(whole, tmp_path):
-    name, numbers = whole
-    process = patched(name, f"{TINY[name]} --runs-dir {tmp_path}",
-                      'raise OSError(28, "No space left on device")')
-    assert summary(process)["eval_return"] == numbers["eval_return"]
-    assert "warning: checkpoint not written" in process.stderr
-    (run_dir,) = tmp_path.iterdir()
-    assert not list(run_dir.rglob("*.part"))
-    resumed = summary(run(name, f"--resume {run_dir}"))  # from the first checkpoint
-    assert resumed["eval_return"] == numbers["eval_return"]
-
-
-def test_nan_stops_the_run_and_spares_the_checkpoint(script, tmp_path):
-    first = train(script, tmp_path / "run", after=55)[1]
-    args = tiny_args(script)
-    payload = script.read_checkpoint(tmp_path / "run", "resume", "cpu")
-    update = script.Agent.update
-    try:
-        script.Agent.update = lambda self, batch: {**update(self, batch),
-                                                   "loss/critic": torch.tensor(float("nan"))}
-        with pytest.raises(SystemExit, match="loss/critic is nan after"):
-            script.train(args, tmp_path / "run", Stop(), payload)
-    finally:
-        script.Agent.update = update
-    assert_same(first, torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True))
 
 
 def test_nan_weights_stop_the_run_before_they_act_or_are_saved(script, tmp_path):
