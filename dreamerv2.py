@@ -28,22 +28,24 @@ state h, F = Z + D, A action.
 Units: frame = one control step of the task; step = one decision, held for action_repeat frames;
 update = one gradient update on one batch. Row t of a sequence holds the action that led to it and
 the reward that came with it.
+Tags in brackets, as [DreamerV2 KL], name the formula of a line, D1 a difference below.
 
 Differences from the paper and the authors' code
 D1  The paper has Atari and a humanoid; here the authors' public configuration for the suite is
-    followed: smaller networks, dynamics backpropagation alone, 16 sequences of 50. Which one made
+    followed: smaller networks, dynamics backpropagation alone, 16 sequences of 50. Whether it made
     their published curves of the suite, their repository does not say.
 D2  Sequences come from the running episode too, and every possible start is as likely as every
     other. Theirs draws an ended episode first.
-D3  Actions come from the truncated normal's inverse CDF, kept within [1e-6, 1 - 1e-6], as float32
-    would reach infinity; theirs from a sampler with a gradient written by hand.
+D3  Actions come from the truncated normal's inverse CDF, of numbers within [1e-6, 1 - 1e-6], as
+    float32 would reach infinity; theirs from a sampler with a gradient written by hand.
 D4  Evaluation has a seed and random numbers of its own, and ten episodes; theirs plays one.
 D5  All is float32, theirs float16 in parts. Adam's epsilon is PyTorch's, added after bias
     correction. The actor's mean and deviation are one layer, for which Glorot's bound is lower.
 D6  The target critic starts as a copy of the critic, theirs with weights of its own.
-D7  The switches for data efficiency are ours to the letter: InfoNCE and SPR compare 128 numbers per
-    image, with a target encoder as CURL's; InfoNCE's negatives are the batch without the frames
-    near by; all auxiliary losses have the model's optimizer. A reset comes in mid-episode.
+D7  The switches for data efficiency follow nobody's code exactly: InfoNCE and SPR compare 128
+    numbers per image, with a target encoder as CURL's; InfoNCE's negatives are the batch without
+    the frames near by; all auxiliary losses have the model's optimizer. A reset comes in
+    mid-episode.
 """
 
 import contextlib
@@ -115,9 +117,9 @@ class Args:
     track: bool = False  # log to Weights & Biases too, if it is installed
     video: bool = True  # film the first episode of every evaluation
     # this algorithm
-    sequence_length: int = 50  # frames per sequence (code 50)
+    sequence_length: int = 50  # steps per sequence (code 50)
     depth: int = 48  # channels of the first conv layer; each next has twice as many (code 48)
-    decoder_kernels: tuple[int, ...] = (5, 5, 6, 6)  # one conv layer of stride 2 each (code)
+    decoder_kernels: tuple[int, ...] = (5, 5, 6, 6)  # stride 2; the encoder has as many (code)
     categoricals: int = 32  # how many z is made of (paper 32)
     classes: int = 32  # of each categorical (paper 32)
     deter_dim: int = 200  # size of h (code 200)
@@ -136,7 +138,7 @@ class Args:
     actor_lr: float = 8e-5  # Adam step on J(pi) (code 8e-5)
     critic_lr: float = 8e-5  # Adam step of the critic (code 8e-5)
     weight_decay: float = 1e-6  # what weights lose per update, at any learning rate (paper 1e-6)
-    target_every_updates: int = 100  # target networks move at every Nth update (paper 100)
+    target_every_updates: int = 100  # target networks move at every Nth update (of the critic)
     # data efficiency, all off
     model_every_updates: int = 1  # the model moves at every Nth update
     behavior_every_updates: int = 1  # actor and critic move at every Nth update
@@ -263,7 +265,8 @@ def check_algorithm(args):
     if args.spr_weight and args.sequence_length < 6:
         refuse("spr_weight", "looks five steps ahead; --sequence-length 6 at least")
     if min(args.model_every_updates, args.behavior_every_updates) > 1:
-        refuse("model_every_updates", "this or --behavior-every-updates must be 1")
+        refuse("model_every_updates", "this or --behavior-every-updates must be 1, or some updates "
+               "would move nothing")  # fmt: skip
 
 
 if __name__ == "__main__":  # up here, so that --help and a wrong flag need not wait for PyTorch
@@ -432,9 +435,8 @@ class ReplayBuffer:
         self.row += 1
 
     def draw(self, rng, count, first, length, together):
-        """Rows (count,), none before `first`, at which `length` rows begin of which the last
-        `together` are of one episode; uniform, with replacement. Raises if there is no such row.
-        """
+        """First rows (count,) of windows of `length` rows, none before `first`, whose last
+        `together` rows are of one episode; uniform, with replacement. Raises if there is none."""
         rows = np.empty(0, np.int64)
         for _ in range(1000):
             new = rng.integers(first, self.row - length + 1, count)
@@ -597,7 +599,7 @@ def minimize(loss, optimizer):
     else, whatever the loss was computed with, and is clipped to a norm of 100."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad()
-    with torch.autocast(loss.device.type, enabled=False):  # backward goes by what forward did
+    with torch.autocast(loss.device.type, enabled=False):  # autograd has forward's types
         loss.backward(inputs=parameters)
     nn.utils.clip_grad_norm_(parameters, 100.0)
     optimizer.step()
@@ -614,7 +616,7 @@ def soft_update(net, target, tau):
 
 
 class Encoder(nn.Module):
-    """Images (N, C, H, W) in [-0.5, 0.5] -> feature maps of two layers, embeddings (N, E)."""
+    """Images (N, C, H, W) in [-0.5, 0.5] -> the second layer's feature maps, embeddings (N, E)."""
 
     def __init__(self, obs_shape, args):
         super().__init__()
@@ -626,7 +628,7 @@ class Encoder(nn.Module):
         self.net, self.dim = nn.Sequential(*layers, nn.Flatten()), channels * side**2
 
     def forward(self, images):
-        maps = self.net[:4](images)  # of the second layer, for masked_loss
+        maps = self.net[:4](images)  # two convs with their ELUs; masked_loss goes on from here
         return maps, self.net[4:](maps)
 
 
@@ -642,7 +644,7 @@ class Decoder(nn.Module):
         self.fc, self.net = nn.Linear(in_dim, channels[0]), nn.Sequential(*layers[:-1])
 
     def forward(self, features):
-        first = self.net[0]  # of a single pixel: a matrix product, five times as fast so
+        first = self.net[0]  # its input is one pixel: as a matrix product five times as fast
         x = self.fc(features) @ first.weight.flatten(1)  # (N, C * k * k)
         x = x.unflatten(1, first.weight.shape[1:]) + first.bias[:, None, None]
         return self.net[1:](x)
@@ -774,7 +776,7 @@ class Agent(nn.Module):
         obs = torch.as_tensor(step.obs, device=self.args.device)[None, None]
         action = torch.as_tensor(step.action, device=self.args.device)[None, None]
         carry = carry or {"z": None, "h": None, "reset_count": self.reset_count - 1}
-        is_first = carry["reset_count"] != self.reset_count  # state of other weights
+        is_first = carry["reset_count"] != self.reset_count  # an episode starts; or a reset came
         *_, e = self.encode(obs, self.encoder)
         noise = self.rssm.noise(1, 1)
         z, h, *_ = self.rssm.observe(e, action, is_first, noise, carry["z"], carry["h"])
@@ -806,22 +808,23 @@ class Agent(nn.Module):
     def kl_loss(self, post, prior):
         """KL of posterior to prior from logits (B, T, S, K); kl_balance of it trains the prior, the
         rest the posterior. Below free_nats on average it is constant. Also gives the plain KL."""
-        to_prior = categorical_kl(post.detach(), prior).mean()  # moves the prior alone
-        to_post = categorical_kl(post, prior.detach()).mean()  # moves the posterior alone
+        to_prior = categorical_kl(post.detach(), prior).mean()  # no gradient to q's logits
+        to_post = categorical_kl(post, prior.detach()).mean()  # none to p's
         free, balance = self.args.free_nats, self.args.kl_balance
         kl = balance * to_prior.clamp(min=free) + (1 - balance) * to_post.clamp(min=free)
         return kl, to_post  # [DreamerV2 KL]
 
     def contrastive_loss(self, e, keys):
-        """InfoNCE: the embedding of an image e (B, T, E) must find the key of the same image, moved
-        otherwise, among the keys of the batch (B, T, 128) but for those close by in its sequence.
-        An image that two sequences hold is its own negative, as in CURL."""
+        """InfoNCE: the embedding of an image e (B, T, E) must find the key of the same image under
+        another shift, among the keys of the batch (B, T, 128) but for those close by in its
+        sequence. An image that two sequences hold counts as a negative of itself, as in CURL."""
         query = self.similarity(self.projection(e)).flatten(0, 1)
         n, T = len(query), e.shape[1]
         t = torch.arange(n, device=e.device)
         sequence, apart = t // T, (t[:, None] - t).abs()
         near = (sequence[:, None] == sequence) & (apart > 0) & (apart <= 3)  # look the same
-        logits = (query @ keys.flatten(0, 1).T).masked_fill(near, -math.inf)
+        with torch.autocast(e.device.type, enabled=False):  # as Linear32
+            logits = (query @ keys.flatten(0, 1).T).masked_fill(near, -math.inf)
         return F.cross_entropy(logits, t)  # [CURL InfoNCE]
 
     def spr_loss(self, z, h, action, keys):
@@ -880,16 +883,16 @@ class Agent(nn.Module):
         return torch.stack(features), torch.stack(entropies)
 
     def discounts(self, features, first):
-        """Discount of imagined states (H + 1, N): gamma, or what the head says, but for the first,
-        whose discount in the replay buffer is `first` (N,). And their weights, the product of the
-        discounts before."""
+        """Discounts of imagined states (H + 1, N): gamma. Or with the head: gamma times `first`
+        (N,), those in the replay buffer, and then what the head says. And weights: the product of
+        the discounts before each state."""
         if self.discount is not None:
             predicted = torch.sigmoid(self.discount(features[1:])).squeeze(-1)
             discount = torch.cat([self.args.gamma * first[None], predicted])
         else:
             discount = features.new_full(features.shape[:2], self.args.gamma)
         weights = torch.cat([torch.ones_like(discount[:1]), discount[:-1]]).cumprod(0)
-        return discount, weights.detach()  # nothing is gained by making later losses weigh less
+        return discount, weights.detach()  # or the actor could gain by making losses weigh less
 
     def returns(self, features, discount):
         """Lambda returns (H, N) of imagined features (H + 1, N, F) with discounts (H + 1, N). State
@@ -901,6 +904,7 @@ class Agent(nn.Module):
     def actor_loss(self, returns, entropies, weights):
         """Minus the return after each action and its entropy, both (H, N), weighted (H + 1, N). The
         first return is before any action; the gradient flows through the model's steps."""
+        # action i leads to return i + 1, so the last one has none
         objective = returns[1:] + self.args.entropy_weight * entropies[:-1]
         return -(weights[:-2] * objective).mean()  # [DreamerV2 actor]
 
@@ -911,7 +915,7 @@ class Agent(nn.Module):
         return (weights[:-1] * nll).mean()  # [DreamerV2 critic]
 
     def resets(self, updates):
-        """How many resets come before this update."""
+        """How many resets come up to this update, its own included; as updates_due has them."""
         every, extra = self.args.reset_every_updates, self.args.catch_up_updates
         return 0 if self.args.reset == "none" else max(0, updates + extra) // (every + extra)
 
@@ -936,7 +940,7 @@ class Agent(nn.Module):
         self.reset_count += 1
 
     def cadence(self):
-        """Whether this update comes after a reset, and moves the model, the policy, the target."""
+        """Whether this update begins with a reset, and moves the model, the policy, the target."""
         args, n = self.args, self.updates
         every = args.model_every_updates, args.behavior_every_updates
         target = every[1] * args.target_every_updates
@@ -944,8 +948,7 @@ class Agent(nn.Module):
 
     def sample(self, buffer, rng):
         """The sequences that update() takes; the model starts anew at the first row of each."""
-        length = self.args.sequence_length
-        size = self.args.batch_size
+        size, length = self.args.batch_size, self.args.sequence_length
         batch = buffer.sequences(rng, size, length, length)  # D2  [Bednarz alg. 1:3]
         batch["is_first"][:, 0] = True
         return batch
@@ -1290,7 +1293,7 @@ def replay_rows(args):
 
 
 def updates_due(args, step):
-    """Updates that belong before the action of this step: the cadence, without memory."""
+    """Updates that belong before this step is taken: the cadence, without memory."""
     since = step - args.warmup_steps
     due = args.pretrain_updates + int(args.updates_per_step * since) if since >= 0 else 0
     resets = due // args.reset_every_updates if args.reset != "none" else 0

@@ -9,12 +9,16 @@
 
 Rakelly et al. 2019, Efficient Off-Policy Meta-Reinforcement Learning via Probabilistic Context
 Variables, https://arxiv.org/abs/1903.08254; their code: https://github.com/katerakelly/oyster
-From pixels: the three designs of Marshall & Khasar, and two that need no state (--obs-mode).
+From pixels: designs 1 to 3 of Marshall & Khasar (cnn-test, cnn, cnn-rl), and two without states.
 
     context {(x, a, r)} --> MLP --> one Gaussian each --> their product q(z | c) --> z
                             J(Q) and the KL to N(0, I) train it
     x, a, z --> Q1, Q2       x, z -/-> V, actor       -/->: no gradient into z, nor into the CNN
-    images --> CNN --> x     trained by the state's regression, by J(Q), or by a reconstruction too
+    images --> CNN --> x     trained as --obs-mode says
+
+    state     x is the true state              cnn     x is a CNN's estimate of it, by regression
+    cnn-test  the same; the CNN's in tests     cnn-rl  the same, and rl_weight of J(Q)'s gradient
+    critic    x is features, trained by J(Q)   ae      the same, and by a reconstruction
 
     python pearl_pixels.py --smoke                  # a visible result in minutes on a laptop
     python pearl_pixels.py --env-id cheetah-vel     # 20 target velocities to train on, 10 to test
@@ -23,7 +27,9 @@ From pixels: the three designs of Marshall & Khasar, and two that need no state 
 Shapes: T tasks, B transitions of each, N transitions of context of each, M = T B, K stacked images,
 C H W image, S state, X what the agent sees of it (x), L task variable (z), A action.
 Units: frame = step = one decision, as families set the control step; trajectory = so many
-steps of one task, --trajectory-steps; update = one gradient update on T tasks.
+steps of one task, --trajectory-steps; visit = a task's trajectories in an iteration; update =
+one gradient update on T tasks.
+Tags in brackets, as [PEARL J(Q)], name the formula of a line, D1 a difference below.
 
 Differences from the paper and the authors' code
 D1  z is drawn once per update; theirs draws twice and uses the second. The same distribution.
@@ -114,13 +120,13 @@ class Args:
     trajectory_steps: int = 0  # steps per trajectory (0: the family's)
     initial_steps: int = 1000  # per training task, by the untrained policy (code 2000)
     tasks_per_iteration: int = 5  # training tasks visited per iteration (code 5)
-    prior_steps: int = 400  # of a visit, z from the prior, for both buffers (code 400)
-    posterior_steps: int = 0  # of a visit, z from the posterior, for both buffers (code 0)
+    prior_steps: int = 400  # of a visit, z from the prior, for Qs and context (code 400)
+    posterior_steps: int = 0  # of a visit, z from the posterior, for Qs and context (code 0)
     extra_steps: int = 600  # of a visit, z from the posterior, not for the context (code 600)
     updates_per_iteration: int = 1000  # gradient updates per iteration (code 2000)
     meta_batch: int = 16  # tasks per update (code 16)
     context_size: int = 100  # transitions of context per task and update (code 100)
-    context_trajectories: int = 4  # the most of an evaluation
+    context_trajectories: int = 4  # trajectories of context in an evaluation, at most
     latent_dim: int = 5  # size of z (code 5)
     next_obs_in_context: bool = False  # always, where the dynamics differ (pendulum-gear, ...)
     hidden_dim: int = 300  # width of the hidden layers (code 300)
@@ -299,7 +305,7 @@ class MetaTask:
         """The suite's start, then theta's changes to the model."""
         self.task.initialize_episode(physics)
         if "rootx" in physics.named.data.qpos.axes.row.names:
-            physics.named.model.geom_pos[0, "x"] = 0.0  # the drawn floor would end two metres back
+            physics.named.model.geom_pos[0, "x"] = 0.0  # or it would end two metres back
         self.family.apply(physics, self.theta)
         physics.forward()
 
@@ -374,7 +380,7 @@ def set_mass(physics, theta):
 
 
 def tame_pendulum(physics, theta):
-    """A constant torque turns it to an angle and holds it there, up to 1.2 rad from hanging."""
+    """A constant torque turns the pole to an angle and holds it, up to 1.2 rad from hanging."""
     physics.model.actuator_gear[0, 0], physics.model.dof_damping[0] = 4.5, 1.0
 
 
@@ -416,8 +422,8 @@ FAMILIES = {
 
 
 def split(args):
-    """Parameters of the tasks to train on and of those to test on, whatever --seed is. Where there
-    are but two they are both."""
+    """Parameters of the tasks to train on and of those to test on, whatever --seed is. Two-task
+    families train and test on both."""
     family, random = FAMILIES[args.env_id], np.random.RandomState(args.task_seed)
     if isinstance(family.thetas, tuple):
         return list(family.thetas), list(family.thetas)
@@ -578,9 +584,8 @@ class ReplayBuffer:
         self.row += 1
 
     def draw(self, rng, count, first, length, together):
-        """Rows (count,), none before `first`, at which `length` rows begin of which the last
-        `together` are of one episode; uniform, with replacement. Raises if there is no such row.
-        """
+        """First rows (count,) of windows of `length` rows, none before `first`, whose last
+        `together` rows are of one episode; uniform, with replacement. Raises if there is none."""
         rows = np.empty(0, np.int64)
         for _ in range(1000):
             new = rng.integers(first, self.row - length + 1, count)
@@ -637,6 +642,25 @@ class ReplayBuffer:
             self.row = self.saved = self.row + len(chunk["start"])
 
 
+def free_memory(device):
+    """Bytes free on `device`, within a container's limit; infinite where the system is silent."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+
+    def read(path, word, default):
+        try:
+            return int(re.search(rf"{word}\W*(\d+)", Path(path).read_text())[1])
+        except (OSError, TypeError):  # no such file; no number in it
+            return default
+
+    limit, group = read("/sys/fs/cgroup/memory.max", "", math.inf), "/sys/fs/cgroup/memory.stat"
+    machine = 1024 * read("/proc/meminfo", "MemAvailable", math.inf)
+    return min(machine, limit - read(group, "anon", 0))
+
+
+# ---- TaskBuffer --------------------------------------------------------------------------------
+
+
 class TaskBuffer(ReplayBuffer):
     """The replay buffer of all training tasks, with the state beside the image. For each task two
     lists of the rows at which its trajectories start: of all of them (rl), and of those that z may
@@ -670,22 +694,6 @@ def as_z(theta, latent_dim):
     """A task's parameter in the first places of a z (L,), for --oracle."""
     values = torch.atleast_1d(torch.as_tensor(theta, dtype=torch.float32))
     return F.pad(values, (0, latent_dim - len(values)))
-
-
-def free_memory(device):
-    """Bytes free on `device`, within a container's limit; infinite where the system is silent."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-
-    def read(path, word, default):
-        try:
-            return int(re.search(rf"{word}\W*(\d+)", Path(path).read_text())[1])
-        except (OSError, TypeError):  # no such file; no number in it
-            return default
-
-    limit, group = read("/sys/fs/cgroup/memory.max", "", math.inf), "/sys/fs/cgroup/memory.stat"
-    machine = 1024 * read("/proc/meminfo", "MemAvailable", math.inf)
-    return min(machine, limit - read(group, "anon", 0))
 
 
 # ---- helpers -----------------------------------------------------------------------------------
@@ -740,7 +748,7 @@ def minimize(loss, *optimizers):
     for optimizer in optimizers:
         optimizer.zero_grad()
     parameters = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-    with torch.autocast(loss.device.type, enabled=False):  # backward goes by what forward did
+    with torch.autocast(loss.device.type, enabled=False):  # autograd has forward's types
         loss.backward(inputs=parameters)
     for optimizer in optimizers:
         optimizer.step()
@@ -800,8 +808,8 @@ class Agent(nn.Module):
     def __init__(self, args, spec):
         super().__init__()
         self.args, self.updates, self.action_dim = args, 0, spec.action_dim
-        self.free = args.obs_mode in ("ae", "critic")  # x means what training makes of it
-        self.true_state = args.obs_mode == "cnn-test"  # design 1 meets the CNN in evaluations only
+        self.free = args.obs_mode in ("ae", "critic")  # x is features
+        self.true_state = args.obs_mode == "cnn-test"  # in training; evaluate() chooses for itself
         A, L = spec.action_dim, args.latent_dim
         x_dim = args.feature_dim if self.free else spec.state_dim
         net = functools.partial(mlp, hidden_dim=args.hidden_dim, layers=3)
@@ -972,8 +980,8 @@ class Agent(nn.Module):
             weight = args.rl_weight if args.obs_mode == "cnn-rl" else 0.0
             x_for_q = x.detach() + weight * (x - x.detach())  # scales J(Q)'s gradient in the CNN
         if args.obs_mode == "cnn-rl":  # norms of the two gradients that meet in x
-            x_for_q.register_hook(grads.append)  # not of metrics: a cycle through the graph leaks
-            metrics["stat/x_grad_cnn"] = 2 * (extra / x.numel()).sqrt()
+            x_for_q.register_hook(grads.append)  # a hook that held metrics would keep the graph
+            metrics["stat/x_grad_cnn"] = 2 * (extra / x.numel()).sqrt()  # of a mean squared error
         if args.obs_mode == "ae":
             extra = metrics["loss/reconstruction"] = self.reconstruction_loss(x, obs)
             movers.append("decoder")
@@ -1094,7 +1102,7 @@ def evaluate(agent, env, thetas, true_state, film=None, interrupt=None):
     means = np.zeros((*returns.shape[:2], args.latent_dim))
     env.random.seed(args.seed + 2**31)
     torch.manual_seed(args.seed)
-    for i, j, k in np.ndindex(returns.shape):  # [PEARL alg. 2:2]
+    for i, j, k in np.ndindex(returns.shape):  # k runs fastest  [PEARL alg. 2:2]
         if interrupt and interrupt.signal:
             break
         if k == 0:
@@ -1113,6 +1121,7 @@ def evaluate(agent, env, thetas, true_state, film=None, interrupt=None):
             context.append((x, action, reward, next_x))  # [PEARL alg. 2:5]
         if not args.oracle:
             with torch.no_grad():
+                # from all transitions so far; updates infer from context_size of them
                 mu, var = agent.infer(*(torch.stack(c, 1) for c in zip(*context, strict=True)))
         means[i, j] = mu[0].cpu()
     set_rng_state(before)  # D4
@@ -1403,7 +1412,8 @@ def visits(args, rng, tasks):
     """The trajectories of an iteration in their order: [(task, whether a visit begins with it,
     whether z is inferred, whether it is for the context)]."""
     _, prior, posterior, extra = trajectories(args)
-    kinds = [(False, True)] * prior  # [PEARL alg. 1:5]; the others begin with the prior, too
+    kinds = [(False, True)] * prior  # [PEARL alg. 1:5]
+    # the first of every kind has z from the prior, as in their code
     kinds += [(i > 0, True) for i in range(posterior)] + [(i > 0, False) for i in range(extra)]
     chosen = rng.integers(tasks, size=args.tasks_per_iteration).tolist()  # [PEARL alg. 1:3]
     return [(task, i == 0, *kind) for task in chosen for i, kind in enumerate(kinds)]
@@ -1512,7 +1522,7 @@ def train(args, run_dir, interrupt, payload=None):
                 now["metrics"] |= agent.update(agent.sample(buffer, rng))
             now["updates"] -= 1
         elif now["iteration"] and not finish():
-            break  # goes on with the evaluation
+            break  # a signal came: the resumed run begins with this evaluation
         else:
             if now["iteration"] == 0:
                 now["random_return"] = float(np.mean(now["returns"]))

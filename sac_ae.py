@@ -21,6 +21,7 @@ https://arxiv.org/abs/1910.01741; the authors' code: https://github.com/denisyar
 Shapes: B batch, T time, K stacked images, C H W image, S state, F features, D latent, A action.
 Units: frame = one control step of the task; step = one decision, held for action_repeat frames;
 update = one gradient update on one batch.
+Tags in brackets, as [SAC+AE J(Q)], name the formula of a line, D1 a difference below.
 
 Differences from the paper and the authors' code
 D1  The actor's optimizer does not hold the convs that it shares with the critic. Theirs does, but
@@ -410,9 +411,8 @@ class ReplayBuffer:
         self.row += 1
 
     def draw(self, rng, count, first, length, together):
-        """Rows (count,), none before `first`, at which `length` rows begin of which the last
-        `together` are of one episode; uniform, with replacement. Raises if there is no such row.
-        """
+        """First rows (count,) of windows of `length` rows, none before `first`, whose last
+        `together` rows are of one episode; uniform, with replacement. Raises if there is none."""
         rows = np.empty(0, np.int64)
         for _ in range(1000):
             new = rng.integers(first, self.row - length + 1, count)
@@ -543,7 +543,7 @@ def minimize(loss, *optimizers):
     for optimizer in optimizers:
         optimizer.zero_grad()
     parameters = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-    with torch.autocast(loss.device.type, enabled=False):  # backward goes by what forward did
+    with torch.autocast(loss.device.type, enabled=False):  # autograd has forward's types
         loss.backward(inputs=parameters)
     for optimizer in optimizers:
         optimizer.step()
@@ -561,7 +561,7 @@ def soft_update(net, target, tau):
 
 class Head(nn.Module):
     """h (B, F) -> z (B, D): linear, LayerNorm, tanh; a beta-VAE's adds noise of learned size, also
-    when it acts."""
+    when it acts, whatever `explore` is."""
 
     def __init__(self, h_dim, z_dim, stochastic):
         super().__init__()
@@ -691,7 +691,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()  # acting learns nothing
     def act(self, step, carry, explore):
-        """Action (A,) for a Step, and the stack to carry on; None: an episode starts."""
+        """Action (A,) for a Step, and the next carry: the stack. None: an episode starts."""
         obs = torch.as_tensor(step.obs, device=self.args.device)[None]
         old = [obs] * (self.args.frame_stack - 1) if carry is None else [carry[:, obs.shape[1] :]]
         stack = torch.cat([*old, obs], 1)  # (1, K * C, H, W)
@@ -738,7 +738,7 @@ class Agent(nn.Module):
     def cadence(self):
         """Whether this update moves the actor, the autoencoder, and the targets: what happens at
         every Nth update. In the first burst all of it does, as in the authors' code, whose counter
-        is the environment's and stands still there."""
+        is the environment's and stands at 1000 there."""
         args, since = self.args, self.updates - self.args.pretrain_updates + 1
         every = args.actor_every_updates, args.decoder_every_updates, args.target_every_updates
         return tuple(since <= 0 or since % n == 0 for n in every)
@@ -756,8 +756,9 @@ class Agent(nn.Module):
         minimize(metrics["loss/critic"], optimizers["critic"])
         actor_due, decoder_due, target_due = self.cadence()
         decoder_due &= self.decoder is not None
-        h = self.encoder.convs(obs) if actor_due or decoder_due else None  # (B, F)  D2: its graph
-        # survives the actor's backward pass, which ends at the actor's own parameters
+        # D2: actor and decoder share h. No detach: minimize() ends the actor's backward pass at the
+        # actor's own parameters, so that the graph of h is still whole for the decoder.
+        h = self.encoder.convs(obs) if actor_due or decoder_due else None  # (B, F)
         if actor_due:
             metrics["loss/actor"], log_prob = self.actor_loss(h)
             minimize(metrics["loss/actor"], optimizers["actor"])
@@ -1056,7 +1057,7 @@ def replay_rows(args):
 
 
 def updates_due(args, step):
-    """Updates that belong before the action of this step: the cadence, without memory."""
+    """Updates that belong before this step is taken: the cadence, without memory."""
     since = step - args.warmup_steps
     return args.pretrain_updates + int(args.updates_per_step * since) if since >= 0 else 0
 

@@ -8,7 +8,7 @@
 """SAC+GAARA: SAC+AE plus an annealed contrastive loss between a centre and a random crop.
 
 Chen & Gong 2022, SAC+GAARA: Generate Augmented And Reconstructable latent states with Ae, report
-and code: https://github.com/Otsuts/SAC-GAARA; it builds on
+and code: https://github.com/Otsuts/SAC-GAARA; it builds on CURL (Laskin et al. 2020), and on
 
 Yarats et al. 2019, Improving Sample Efficiency in Model-Free Reinforcement Learning from Images,
 https://arxiv.org/abs/1910.01741; the authors' code: https://github.com/denisyarats/pytorch_sac_ae
@@ -27,6 +27,7 @@ https://arxiv.org/abs/1910.01741; the authors' code: https://github.com/denisyar
 Shapes: B batch, T time, K stacked images, C H W image, S state, F features, D latent, A action.
 Units: frame = one control step of the task; step = one decision, held for action_repeat frames;
 update = one gradient update on one batch.
+Tags in brackets, as [GAARA (6)], name the formula of a line, D1 a difference below.
 
 Differences from the paper and the authors' code
 D1  The actor's optimizer does not hold the convs that it shares with the critic. Theirs does, but
@@ -446,9 +447,8 @@ class ReplayBuffer:
         self.row += 1
 
     def draw(self, rng, count, first, length, together):
-        """Rows (count,), none before `first`, at which `length` rows begin of which the last
-        `together` are of one episode; uniform, with replacement. Raises if there is no such row.
-        """
+        """First rows (count,) of windows of `length` rows, none before `first`, whose last
+        `together` rows are of one episode; uniform, with replacement. Raises if there is none."""
         rows = np.empty(0, np.int64)
         for _ in range(1000):
             new = rng.integers(first, self.row - length + 1, count)
@@ -593,7 +593,7 @@ def minimize(loss, *optimizers):
     for optimizer in optimizers:
         optimizer.zero_grad()
     parameters = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-    with torch.autocast(loss.device.type, enabled=False):  # backward goes by what forward did
+    with torch.autocast(loss.device.type, enabled=False):  # autograd has forward's types
         loss.backward(inputs=parameters)
     for optimizer in optimizers:
         optimizer.step()
@@ -611,7 +611,7 @@ def soft_update(net, target, tau):
 
 class Head(nn.Module):
     """h (B, F) -> z (B, D): linear, LayerNorm, tanh; a beta-VAE's adds noise of learned size, also
-    when it acts."""
+    when it acts, whatever `explore` is."""
 
     def __init__(self, h_dim, z_dim, stochastic):
         super().__init__()
@@ -751,7 +751,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()  # acting learns nothing
     def act(self, step, carry, explore):
-        """Action (A,) for a Step, and the stack to carry on; None: an episode starts."""
+        """Action (A,) for a Step, and the next carry: the stack. None: an episode starts."""
         obs = torch.as_tensor(step.obs, device=self.args.device)[None]
         old = [obs] * (self.args.frame_stack - 1) if carry is None else [carry[:, obs.shape[1] :]]
         stack = torch.cat([*old, obs], 1)  # (1, K * C, H, W)
@@ -796,14 +796,15 @@ class Agent(nn.Module):
         return error + self.args.latent_weight * penalty + kl  # [SAC+AE J(RAE)]
 
     def contrastive_loss(self, h, positive):
-        """InfoNCE: how badly the anchors find their positives among all of the batch. Or how much
-        the two decoded differ. From the anchors' conv features (B, F) and the positives' images."""
+        """InfoNCE: cross entropy of finding each anchor's positive in the batch. Or squared error
+        between the two decoded. From the anchors' conv features (B, F), the positives' images."""
         online = self.args.positive_encoder == "online"
         encoder = self.encoder if online else self.target_encoder  # D9; the target has no gradient
         z_a, z_p = self.encoder.head(h), encoder(preprocess(positive))  # (B, D)
         if self.similarity is None:
             return F.mse_loss(self.decoder(z_a), self.decoder(z_p))  # [GAARA (11)]
-        logits = z_a @ self.similarity @ z_p.T  # (B, B)  [GAARA (6)]
+        with torch.autocast(h.device.type, enabled=False):  # as Linear32
+            logits = z_a @ self.similarity @ z_p.T  # (B, B)  [GAARA (6)]
         return F.cross_entropy(logits, torch.arange(len(h), device=h.device))  # D9  [GAARA (2)]
 
     def annealed_weight(self):
@@ -815,7 +816,7 @@ class Agent(nn.Module):
     def cadence(self):
         """Whether this update moves the actor, the autoencoder, and the targets: what happens at
         every Nth update. In the first burst all of it does, as in the authors' code, whose counter
-        is the environment's and stands still there."""
+        is the environment's and stands at 1000 there."""
         args, since = self.args, self.updates - self.args.pretrain_updates + 1
         every = args.actor_every_updates, args.decoder_every_updates, args.target_every_updates
         return tuple(since <= 0 or since % n == 0 for n in every)
@@ -826,6 +827,7 @@ class Agent(nn.Module):
         size, obs_rng = self.args.crop_size, rng if self.args.obs_crop == "random" else None
         if self.args.contrast != "none":
             batch["positive"] = crop(batch["obs"], size, rng)
+            # as a tensor: a CUDA graph would freeze a Python number
             batch["weight"] = upload(self.annealed_weight(), self.args.device)
         cropped = {key: crop(batch[key], size, obs_rng) for key in ("obs", "next_obs")}
         return {**batch, **cropped}
@@ -839,8 +841,9 @@ class Agent(nn.Module):
         minimize(metrics["loss/critic"], optimizers["critic"])
         actor_due, decoder_due, target_due = self.cadence()
         decoder_due &= self.decoder is not None
-        h = self.encoder.convs(obs) if actor_due or decoder_due else None  # (B, F)  D2: its graph
-        # survives the actor's backward pass, which ends at the actor's own parameters
+        # D2: actor and decoder share h. No detach: minimize() ends the actor's backward pass at the
+        # actor's own parameters, so that the graph of h is still whole for the decoder.
+        h = self.encoder.convs(obs) if actor_due or decoder_due else None  # (B, F)
         if actor_due:
             metrics["loss/actor"], log_prob = self.actor_loss(h)
             minimize(metrics["loss/actor"], optimizers["actor"])
@@ -861,7 +864,7 @@ class Agent(nn.Module):
                 loss = loss + weight * metrics["loss/contrastive"]  # [GAARA (10)]
             minimize(loss, optimizers["encoder"], optimizers["decoder"])
         if "contrastive" in optimizers:  # D11
-            if decoder_due or h is None:  # the reconstruction has moved the convs
+            if decoder_due or h is None:  # the convs have moved; or none yet
                 h = self.encoder.convs(obs)
             loss = metrics["loss/contrastive"] = self.contrastive_loss(h, batch["positive"])
             if args.anneal == "loss":
@@ -1155,7 +1158,7 @@ def replay_rows(args):
 
 
 def updates_due(args, step):
-    """Updates that belong before the action of this step: the cadence, without memory."""
+    """Updates that belong before this step is taken: the cadence, without memory."""
     since = step - args.warmup_steps
     return args.pretrain_updates + int(args.updates_per_step * since) if since >= 0 else 0
 

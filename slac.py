@@ -22,8 +22,10 @@ Model, https://arxiv.org/abs/1907.00953; the authors' code: https://github.com/a
 
 Shapes: B batch, T time (9 frames), C H W image, F features, Z latent (z1 and z2), A action.
 Units: frame = one control step of the task; step = one decision, held for action_repeat frames;
-update = one gradient update on one batch. Of a sequence, action[t] led to frame t and reward[t]
-came with it, so that the paper's a_t is action[t + 1].
+update = one gradient update on one batch. A sequence has an image per
+step; in it action[t] led to frame t and reward[t] came with it, so that the paper's a_t is
+action[t + 1].
+Tags in brackets, as [SLAC J(Q)], name the formula of a line, D1 a difference below.
 
 Differences from the paper and the authors' code
 D1  The actor's loss is taken at the last frame but one, as in the authors' code; the paper's
@@ -112,14 +114,14 @@ class Args:
     track: bool = False  # log to Weights & Biases too, if it is installed
     video: bool = True  # film the first episode of every evaluation
     # this algorithm
-    z1: Literal["stochastic", "deterministic"] = "stochastic"  # what an image tells beyond the past
+    z1: Literal["stochastic", "deterministic"] = "stochastic"  # is inferred from the image
     z2: Literal["stochastic", "deterministic", "recurrent", "none"] = "stochastic"  # the memory
-    temporal: bool = True  # p and q know the latent and action before; no: each image alone
+    temporal: bool = True  # p and q depend on the latent and action before; no: on nothing
     actor_input: Literal["history", "latent"] = "history"  # features and actions, or z
     critic_input: Literal["history", "latent"] = "latent"  # features and actions, or z
     model_batch_size: int = 32  # sequences per update of the model (paper 32)
     sac_batch_size: int = 256  # sequences per update of actor and critic (paper 256)
-    actions: int = 8  # of a sequence of one frame more; the actor's history has one less (paper 8)
+    actions: int = 8  # per sequence, of one image more; the actor sees as many images (paper 8)
     channels: tuple[int, ...] = (32, 64, 128, 256)  # one conv layer of stride 2 each (paper)
     feature_dim: int = 256  # size of what the encoder makes of an image (paper 256)
     z1_dim: int = 0  # size of z1 (0: the paper's 32, or 256 with --z2 none)
@@ -406,9 +408,8 @@ class ReplayBuffer:
         self.row += 1
 
     def draw(self, rng, count, first, length, together):
-        """Rows (count,), none before `first`, at which `length` rows begin of which the last
-        `together` are of one episode; uniform, with replacement. Raises if there is no such row.
-        """
+        """First rows (count,) of windows of `length` rows, none before `first`, whose last
+        `together` rows are of one episode; uniform, with replacement. Raises if there is none."""
         rows = np.empty(0, np.int64)
         for _ in range(1000):
             new = rng.integers(first, self.row - length + 1, count)
@@ -534,7 +535,7 @@ def minimize(loss, *optimizers):
     for optimizer in optimizers:
         optimizer.zero_grad()
     parameters = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-    with torch.autocast(loss.device.type, enabled=False):  # backward goes by what forward did
+    with torch.autocast(loss.device.type, enabled=False):  # autograd has forward's types
         loss.backward(inputs=parameters)
     for optimizer in optimizers:
         optimizer.step()
@@ -680,7 +681,8 @@ class LatentModel(nn.Module):
             following = torch.cat([first[:, :1], following], 1)
             return torch.where(started[..., None], first, following)
 
-        q = [merge(a, torch.stack(b, 1)) for a, b in zip(q, zip(*q_next, strict=True), strict=True)]
+        q_next = [torch.stack(values, 1) for values in zip(*q_next, strict=True)]  # mean, std
+        q = [merge(a, b) for a, b in zip(q, q_next, strict=True)]
         p = [merge(a, b) for a, b in zip(p, p_next, strict=True)]
         return torch.stack(z, 1), q, p, started
 
@@ -738,7 +740,7 @@ class Agent(nn.Module):
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.init_temperature)))
         self.apply(weight_init).to(args.device, memory_format=torch.channels_last)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        adam = functools.partial(torch.optim.Adam, fused=True)  # who trains what: minimize
+        adam = functools.partial(torch.optim.Adam, fused=True)  # stepped by minimize()
         self.optimizers = {
             "model": adam(self.model.parameters(), args.model_lr),
             "critic": adam(self.critic.parameters(), args.critic_lr),
@@ -750,7 +752,7 @@ class Agent(nn.Module):
         """(B, W, n * F + (n - 1) * A), one per window of n frames. What lies before an episode's
         first frame is that frame again, without actions."""
         t, n = torch.arange(is_first.shape[1], device=is_first.device), self.args.actions
-        start = (is_first * t).amax(1, keepdim=True)  # (B, 1)
+        start = (is_first * t).amax(1, keepdim=True)  # (B, 1), never the last, see sample()
         rows = torch.maximum(t, start)[..., None].expand(-1, -1, features.shape[-1])
         features, action = features.gather(1, rows), action * (t > start)[..., None]
         windows = [torch.cat([features[:, i : i + n].flatten(1),
@@ -770,7 +772,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()  # acting learns nothing
     def act(self, step, carry, explore):
-        """Action (A,) for a Step, and the rows of n steps to carry on; None: an episode starts."""
+        """Action (A,) for a Step, and the next carry: the last n rows. None: an episode starts."""
         obs, action = (torch.as_tensor(x, device=self.args.device)[None, None]
                        for x in (step.obs, step.action))  # fmt: skip
         is_first = torch.full((1, 1), step.first, device=obs.device)
@@ -784,8 +786,9 @@ class Agent(nn.Module):
         return action[0], carry
 
     def kl_loss(self, q, p, started):
-        """Of the posteriors of z1 to their priors (B, T, z1), summed over time. Deterministic ones
-        are pulled together but for the first, which have no prior but N(0, I)."""
+        """KL(q || p) of z1 (B, T, z1), summed over time. Of deterministic ones (std 1) it is half
+        the squared distance of the means, without the starts, whose prior N(0, I) is not learned.
+        """
         kl = kl_divergence(q, p)  # (B, T)
         if self.args.z1 == "deterministic":
             kl = kl * ~started
@@ -799,7 +802,7 @@ class Agent(nn.Module):
         return 0.5 / variance * error.sum() / len(z) + constant  # [SLAC J(M): x]
 
     def reward_loss(self, z, action, reward, is_first):
-        """- log p(r | z, a, z'), summed over time; what leads to a first frame was no step. Also
+        """- log p(r | z, a, z'), summed over time; a first frame has no reward. Also
         gives the mean standard deviation, which may collapse where rewards are rare."""
         mean, std = self.model.reward(z[:, :-1], action[:, 1:], z[:, 1:])  # (B, T - 1, 1)
         nll = 0.5 * ((reward[:, 1:] - mean) / std).square() + std.log()
@@ -832,21 +835,22 @@ class Agent(nn.Module):
         action, log_prob = tanh_gaussian(*self.actor(seen_by_actor))
         q = torch.min(*self.critic(seen, action))
         alpha = self.log_alpha.exp().detach()  # has a loss of its own
-        return (alpha * log_prob - q).mean(), log_prob  # D1  [SLAC J(pi)]
+        return (alpha * log_prob - q).mean(), log_prob  # [SLAC J(pi)]
 
     def alpha_loss(self, log_prob):
         """Moves the temperature until the entropy is -A; log_prob (B, 1)."""
         target_entropy = -self.action_dim
-        error = (-log_prob - target_entropy).detach()  # D3  moves alpha, not the actor
+        error = (-log_prob - target_entropy).detach()  # moves alpha, not the actor
         return (self.log_alpha * error).mean()  # [SLAC J(alpha)]
 
     def cadence(self):
-        """Whether this update moves actor and critic: they wait for the first burst to end."""
+        """Whether this update moves actor and critic, which wait for the first burst to end; a
+        tuple, as CudaGraph expects."""
         return (self.updates >= self.args.pretrain_updates,)
 
     def sample(self, buffer, rng):
         """The sequences that update() takes; actor and critic have some of their own."""
-        args, length = self.args, self.args.actions + 1
+        args, length = self.args, self.args.actions + 1  # the last 2 rows are of one episode
         batch = {"model": buffer.sequences(rng, args.model_batch_size, length, 2)}
         if self.cadence() == (True,):
             batch["sac"] = buffer.sequences(rng, args.sac_batch_size, length, 2)
@@ -868,9 +872,9 @@ class Agent(nn.Module):
             metrics["loss/critic"] = self.critic_loss(
                 now, action[:, -1], reward[:, -1], discount[:, -1], following, actor_next)
             minimize(metrics["loss/critic"], optimizers["critic"])
-            metrics["loss/actor"], log_prob = self.actor_loss(actor_now, now)
+            metrics["loss/actor"], log_prob = self.actor_loss(actor_now, now)  # D1
             minimize(metrics["loss/actor"], optimizers["actor"])
-            metrics["loss/alpha"] = self.alpha_loss(log_prob)
+            metrics["loss/alpha"] = self.alpha_loss(log_prob)  # D3
             minimize(metrics["loss/alpha"], optimizers["alpha"])
             metrics |= {"stat/entropy": -log_prob.mean(), "stat/alpha": self.log_alpha.exp()}
             soft_update(self.critic, self.target_critic, args.critic_tau)
@@ -1169,7 +1173,7 @@ def replay_rows(args):
 
 
 def updates_due(args, step):
-    """Updates that belong before the action of this step: the cadence, without memory."""
+    """Updates that belong before this step is taken: the cadence, without memory."""
     since = step - args.warmup_steps
     return args.pretrain_updates + int(args.updates_per_step * since) if since >= 0 else 0
 
