@@ -36,8 +36,8 @@ NEW = {  # in each, against the one before
 }
 PEERS = {  # file in results/speed: (what is timed, the other code)
     "sac_ae": ("`sac_ae.py`", "pytorch_sac_ae"), "sac_gaara": ("`sac_gaara.py`", "SAC-GAARA"),
-    "sac_gaara-curl": ("the same as CURL", "curl"), "slac": ("`slac.py`", "slac.pytorch"),
-    "dreamerv2": ("`dreamerv2.py`, equal networks, batches and horizon", "dreamer-torch"),
+    "sac_gaara-curl": ("the same as CURL", "curl"), "slac": ("`slac.py`", "slac.pytorch, a port"),
+    "dreamerv2": ("`dreamerv2.py`, equal networks, batches, horizon", "dreamer-torch, a port"),
     "pearl_pixels": ("`pearl_pixels.py` from states, 16 tasks of 256 transitions", "oyster"),
 }  # fmt: skip
 
@@ -56,7 +56,7 @@ def rows_to_table(*rows):
 def scripts():
     """What each script is, its size, what its smoke runs of seeds 1, 2, 3 reached."""
     rows = [("script", "algorithm", "new in it", "lines (networks, losses, update, helpers)",
-             "smoke run, seeds 1, 2, 3 (random policy)")]  # fmt: skip
+             "smoke run, seeds 1, 2, 3 (random policy; PEARL: without context)")]  # fmt: skip
     for name in SCRIPTS:
         lines = lines_of(name)
         first, last = (next(i for i, line in enumerate(lines) if line.startswith(f"# ---- {word}"))
@@ -67,7 +67,7 @@ def scripts():
         random = [run["return_by_context"][0][0] if pearl else run["random_return"] for run in runs]
         random = ", ".join(f"{value:.1f}" for value in random)
         minutes = sorted(run["wall_s"] for run in runs)[1] / 60
-        note = "; after two trajectories (none)" * pearl
+        note = "; after two trajectories" * pearl
         rows.append((f"[`{name}`]({name}.py)", TITLES[name], NEW[name],
                      f"{len(lines)} ({last - first})", f"{runs[0]['env_id']} {returns} ({random}) "
                      f"in {minutes:.0f} minutes{note}"))  # fmt: skip
@@ -109,7 +109,7 @@ def equations():
 
 def speed():
     """Ratios to the authors' code, from what speed.py printed."""
-    rows = [("two updates at the default configuration, batches drawn", "ours", "theirs", "")]
+    rows = [("two updates, batches drawn", "ours", "theirs", "")]
     for stem, (ours, theirs) in PEERS.items():
         text = (RESULTS / "speed" / f"{stem}.txt").read_text()
         mine, other = (float(ms) / 1000 for ms in re.findall(r"two updates +(\d+\.\d+)", text))

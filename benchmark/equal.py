@@ -5,8 +5,8 @@ the same losses and the same parameters after every update.
 
     python benchmark/equal.py pytorch_sac_ae
     python benchmark/equal.py SAC-GAARA
-    python benchmark/equal.py SAC-GAARA-4fe3771 --contrast-step joint --no-train-similarity \\
-        --contrast-weight 1e-2
+    python benchmark/equal.py SAC-GAARA-4fe3771 --obs-crop random --contrast-step joint \\
+        --no-train-similarity --contrast-weight 1e-2
     python benchmark/equal.py curl --reconstruction none --no-latent-tanh --contrast-floor 1 \
         --obs-crop random
     python benchmark/equal.py slac.pytorch    # see slac_differences() for what is levelled first
@@ -429,6 +429,7 @@ def main():
         their_batch = batch
         if name == "sac_gaara":
             batch, their_batch = crops(script, utils, args, batch)
+            batch["weight"] = torch.tensor(ours.annealed_weight())
         counter[0] = 10 * update
         peer.update(their_buffer(their_batch), log, step=0)  # all is due, CURL's logging too
         counter[0] = 10 * update

@@ -47,6 +47,17 @@ def test_the_picture_of_metrics_is_fresh(tmp_path):
     assert one.shape == two.shape and np.abs(one - two).mean() < 1
 
 
+def test_recorded_equality_with_other_code():
+    """benchmark/results/equal: what equal.py printed, with the command and the commits."""
+    paths = sorted((docs.RESULTS / "equal").glob("*.txt"))
+    assert len(paths) >= 5
+    for path in paths:
+        text = path.read_text()
+        difference = float(re.search(r"largest difference of all: (\S+)", text)[1])
+        assert difference < (1e-5 if "slac" in path.name else 1e-9), path.name
+        assert text.startswith("$ python benchmark/equal.py") and "commit " in text
+
+
 def anchors(path):
     """GitHub's names of a file's headings."""
     heads = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
