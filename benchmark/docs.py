@@ -16,6 +16,9 @@ import sys
 from pathlib import Path
 
 import diff
+import numpy as np
+import report
+import studies
 from run import SCRIPTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +59,8 @@ def rows_to_table(*rows):
 def scripts():
     """What each script is, its size, what its smoke runs of seeds 1, 2, 3 reached."""
     rows = [("script", "algorithm", "new in it", "lines (networks, losses, update, helpers)",
-             "smoke run, seeds 1, 2, 3 (random policy; PEARL: without context)")]  # fmt: skip
+             "smoke run, seeds 1, 2, 3 (random policy; PEARL: without context)",
+             "published, cheetah-run / walker-walk at 500,000 frames (own)")]  # fmt: skip
     for name in SCRIPTS:
         lines = lines_of(name)
         first, last = (next(i for i, line in enumerate(lines) if line.startswith(f"# ---- {word}"))
@@ -68,9 +72,13 @@ def scripts():
         random = ", ".join(f"{value:.1f}" for value in random)
         minutes = sorted(run["wall_s"] for run in runs)[1] / 60
         note = "; after two trajectories" * pearl
+        curves = [report.published(studies.CURVES.get(name), task) for task in
+                  ("cheetah-run", "walker-walk")]  # fmt: skip
+        scores = [f"{np.interp(5e5, *curve[:2]):.0f}" for curve in curves if curve]
         rows.append((f"[`{name}`]({name}.py)", TITLES[name], NEW[name],
                      f"{len(lines)} ({last - first})", f"{runs[0]['env_id']} {returns} ({random}) "
-                     f"in {minutes:.0f} minutes{note}"))  # fmt: skip
+                     f"in {minutes:.0f} minutes{note}",
+                     f"{' / '.join(scores)} (none yet)" if scores else ""))  # fmt: skip
     return rows_to_table(*rows)
 
 

@@ -576,11 +576,11 @@ def test_what_the_checks_let_pass_runs(module, tmp_path):
         process = subprocess.Popen([sys.executable, str(ROOT / f"{module.__name__}.py"), *flags],
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
-            output, errors = process.communicate(timeout=25)
+            output, errors = process.communicate(timeout=12)
         except subprocess.TimeoutExpired:  # as much was asked for
             process.send_signal(signal.SIGTERM)
             try:
-                output, errors = process.communicate(timeout=25)
+                output, errors = process.communicate(timeout=12)
             except subprocess.TimeoutExpired:
                 process.kill()
                 output, errors = process.communicate()
