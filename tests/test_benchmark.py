@@ -226,7 +226,7 @@ linux = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
 @pytest.mark.parametrize(("engine", "number"), [
     ("local", signal.SIGINT), ("local", signal.SIGHUP), ("ray", signal.SIGTERM),
-    ("ray", signal.SIGINT)])
+    pytest.param("ray", signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_stops_all_runs_with_a_checkpoint_and_the_command_goes_on(
         tmp_path, undisturbed, engine, number):
     pytest.importorskip("ray" if engine == "ray" else "json")
