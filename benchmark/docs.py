@@ -126,6 +126,17 @@ def speed():
     return rows_to_table(*rows)
 
 
+def rates():
+    """What speed.py measured on a CPU, at the default configurations."""
+    with open(RESULTS / "speed" / "cpu.csv", newline="") as file:
+        cells = {(row["subject"], row["quantity"]): float(row["value"])
+                 for row in csv.DictReader(file)}  # fmt: skip
+    heads = [q for q in dict.fromkeys(q for _, q in cells) if not q.startswith("ms, ")]
+    rows = [(f"`{name}.py`", *(f"{cells[name, q]:,.{2 * (cells[name, q] < 100)}f}" for q in heads))
+            for name in SCRIPTS]  # fmt: skip
+    return rows_to_table(("default configuration", *heads), *rows)
+
+
 def differences():
     """How much differs between two scripts, and the page that shows it."""
     rows = [("pair", "lines added", "removed", "hunks")]
