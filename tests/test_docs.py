@@ -50,7 +50,7 @@ def test_the_picture_of_metrics_is_fresh(tmp_path):
 def test_recorded_equality_with_other_code():
     """benchmark/results/equal: what equal.py printed, with the command and the commits."""
     paths = sorted((docs.RESULTS / "equal").glob("*.txt"))
-    assert len(paths) >= 5
+    assert len(paths) == 7
     for path in paths:
         text = path.read_text()
         difference = float(re.search(r"largest difference of all: (\S+)", text)[1])
