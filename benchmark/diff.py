@@ -8,9 +8,11 @@ import argparse
 import difflib
 import html
 import re
+import shutil
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+DIFFS = ROOT / "benchmark" / "diffs"  # the pages, and their style sheet
 PAIRS = [("sac_ae", "sac_gaara"), ("sac_ae", "slac"), ("slac", "dreamerv2"),
          ("sac_ae", "pearl_pixels")]  # fmt: skip
 PAGE = """<!DOCTYPE html>
@@ -22,23 +24,6 @@ PAGE = """<!DOCTYPE html>
 <p>{counts}. Green: only in {b}. Red: only in {a}. Yellow: changed within a line.</p>
 {table}
 </body></html>
-"""
-
-
-STYLE = """body { font: 16px/1.5 sans-serif; margin: 1em auto; max-width: 1900px; padding: 0 1em;
-        color: #1f2328; background: #fff; }
-table { border-collapse: collapse; table-layout: fixed; width: 100%; }
-td { font: 12px/1.45 monospace; vertical-align: top; white-space: pre-wrap;
-      overflow-wrap: anywhere; overflow: hidden; padding: 0 .5em; }
-td.diff_header { color: #656d76; text-align: right; }
-col.n { width: 3.4em; }
-th { position: sticky; top: 0; background: #f6f8fa; text-align: left; padding: .4em .5em;
-      border-bottom: 1px solid #d0d7de; }
-tbody { border-bottom: 1.2em solid #eaeef2; }
-.diff_add { background: #aceebb; } .diff_chg { background: #fff1a8; }
-.diff_sub { background: #ffcecb; }
-@media (max-width: 900px) { td { font-size: 9px; padding: 0 .2em; }
-                             col.n { width: 1.9em; } }
 """
 
 
@@ -69,7 +54,8 @@ def page(a, b):
 def write(pairs, out):
     """Writes the pages of these pairs of scripts into a folder."""
     out.mkdir(parents=True, exist_ok=True)
-    (out / "style.css").write_text(STYLE)
+    if out.resolve() != DIFFS:
+        shutil.copy(DIFFS / "style.css", out)
     for a, b in pairs:
         path = out / f"{a}-{b}.html"
         path.write_text(page(a, b))
@@ -81,7 +67,7 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("pair", nargs="*", metavar="SCRIPT", help=", ".join(names))
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmark" / "diffs")
+    parser.add_argument("--out", type=Path, default=DIFFS)
     args = parser.parse_args()
     if len(args.pair) not in (0, 2) or not set(args.pair) <= set(names):
         parser.error(f"two of {', '.join(names)}, or none for all pairs of the README")

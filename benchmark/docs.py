@@ -206,7 +206,7 @@ def main():
                 path.write_text(text)
     if not args.check:
         draw(RESULTS / "smoke" / "metrics.png")
-        diff.write(diff.PAIRS, ROOT / "benchmark" / "diffs")
+        diff.write(diff.PAIRS, diff.DIFFS)
     print("stale: " + ", ".join(stale) if stale else "nothing was stale")
     return int(args.check and bool(stale))
 

@@ -489,7 +489,12 @@ def test_the_readmes_diffs_are_todays(pair):
     assert f"[{a}, {b}](diffs/{a}-{b}.html) | {ours[0]} | {ours[1]} | {ours[2]} |" in text
     page = (ROOT / "benchmark" / "diffs" / f"{a}-{b}.html").read_text()
     assert page == diff.page(a, b)
-    assert (ROOT / "benchmark" / "diffs" / "style.css").read_text() == diff.STYLE
+
+
+def test_pages_elsewhere_have_their_style(tmp_path):
+    diff.write([("sac_ae", "slac")], tmp_path)
+    assert 'href="style.css"' in (tmp_path / "sac_ae-slac.html").read_text()
+    assert (tmp_path / "style.css").read_text().startswith("body {")
 
 
 def test_a_page_shows_both_sides_of_every_hunk():

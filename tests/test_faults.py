@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-import inspect
 import math
 import os
 import random
@@ -564,7 +563,7 @@ def test_every_argument_with_senseless_values(module, capsys):
     for name, value in passed:
         assert value in ("0", "1000000000000", "1000000000", "1e30", ""), (name, value)
         assert value != "0" or name in module.MAY_BE_ZERO, name
-    assert {name for name, _ in passed} >= {"eval_every_frames", "seed"} - {"seed"}
+    assert ("eval_every_frames", "1000000000000") in passed
     assert len(list(cases(module))) > 150
 
 
@@ -683,6 +682,5 @@ def test_every_promise_has_its_test():
     rows = [row for row in text.splitlines() if row.startswith("| ") and "test_" in row]
     assert len(rows) >= 15
     for row in rows:
-        for file, name in re.findall(r"\[`(test_\w+)`\]\(tests/(\w+\.py)\)", row):
-            assert f"def {file}(" in (ROOT / "tests" / name).read_text(), (file, name)
-    assert inspect.getsource(sys.modules[__name__]).count("def test_") > 20
+        for name, file in re.findall(r"\[`(test_\w+)`\]\(tests/(\w+\.py)\)", row):
+            assert f"def {name}(" in (ROOT / "tests" / file).read_text(), (file, name)
