@@ -50,6 +50,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -846,8 +847,9 @@ def survive(what):
 def write_video(path, images, fps):
     """MP4 if imageio-ffmpeg is installed, else GIF; gives the path with its suffix."""
     mp4 = importlib.util.find_spec("imageio_ffmpeg")
+    rate = {"fps": fps} if mp4 else {"duration": 1000 / fps, "loop": 0}
     path = path.with_suffix(".mp4" if mp4 else ".gif")
-    imageio.mimsave(path, images, **({"fps": fps} if mp4 else {"duration": 1000 / fps, "loop": 0}))
+    path.write_bytes(imageio.mimsave("<bytes>", images, format=path.suffix, **rate))
     return path
 
 
@@ -864,7 +866,16 @@ class Logger:
 
             wandb.init(name=run_dir.name, config=vars(args), sync_tensorboard=True)
         self.writer = SummaryWriter(run_dir, purge_step=frames + 1)
+        threading.excepthook = lambda end: tqdm.write(  # TensorBoard's writes to the disk
+            f"warning: {end.thread.name} ended: {end.exc_value}", file=sys.stderr)
         self.bar = tqdm(total=args.total_frames, initial=frames, unit="frame", disable=None)
+
+    def tensorboard(self, add):
+        """Gives the writer to `add`: a new one after a failure, as its thread is dead then."""
+        with survive("TensorBoard"):
+            writer, self.writer = self.writer or SummaryWriter(self.run_dir), None
+            add(writer)
+            self.writer = writer
 
     def log(self, row):
         """Appends {name: number} to metrics.csv and TensorBoard."""
@@ -878,8 +889,8 @@ class Logger:
                     writer.writeheader()
                 writer.writerows(self.rows if new else [row])
             self.columns = columns
-            for name in [name for name in row if "/" in name]:
-                self.writer.add_scalar(name, row[name], row["frames"])
+        self.tensorboard(lambda board: [
+            board.add_scalar(name, row[name], row["frames"]) for name in row if "/" in name])
         shown = {k: f"{v:.0f}" for k, v in row.items() if k.endswith(("updates", "return"))}
         self.bar.set_postfix(shown)
 
@@ -887,11 +898,13 @@ class Logger:
         """Writes {name: uint8 (H, W, 3)} as PNG and to TensorBoard, and the video; a (T, H, W, 3)
         among the images is one too."""
         videos = {"": video} | {f"_{k}": v for k, v in images.items() if v.ndim == 4}
+        images = {k: v for k, v in images.items() if v.ndim == 3}
+        self.tensorboard(lambda board: [
+            board.add_image(k, v, frames, dataformats="HWC") for k, v in images.items()])
         with survive("images"):
             for name, image in images.items():
-                if image.ndim == 3:
-                    imageio.imwrite(self.run_dir / f"images/{frames:09d}_{name}.png", image)
-                    self.writer.add_image(name, image, frames, dataformats="HWC")
+                path = self.run_dir / f"images/{frames:09d}_{name}.png"
+                path.write_bytes(imageio.imwrite("<bytes>", image, format="png"))
             for name, film in videos.items():
                 if len(film):
                     write_video(self.run_dir / f"videos/{frames:09d}{name}", film, fps)
@@ -1169,8 +1182,7 @@ def train(args, run_dir, interrupt, payload=None):
     with survive("checkpoint"):
         save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
     logger.bar.close()
-    with survive("metrics"):
-        logger.writer.close()
+    logger.tensorboard(SummaryWriter.close)
     env.close()
     eval_env.close()
     return summary(args, now, agent.updates)

@@ -212,11 +212,13 @@ def on_a_disk(module, tmp_path, fault, mend):
 
 @linux
 def test_a_full_disk_costs_warnings_and_not_the_run(loop, tmp_path, undisturbed):
-    """Of checkpoints, metrics, images. What was saved before is whole, and the run goes on from
-    there once there is room."""
+    """Of checkpoints and images (metrics and TensorBoard: test_run.py). What was saved before is
+    whole, and the run goes on from there once there is room."""
     text, run_dir = on_a_disk(loop, tmp_path, FULL, "rm {folder}/filler")
     assert text.splitlines()[-1].startswith("summary {")
-    assert "warning: checkpoint not written: [Errno 28]" in text
+    for what in ("checkpoint", "images"):
+        assert f"warning: {what} not written: [Errno 28]" in text, text[-3000:]
+    assert "Traceback" not in text
     assert not list(run_dir.rglob("*.part"))
     summary(run(loop.__name__, f"--resume {run_dir} --no-video"))
     is_whole(loop, run_dir, undisturbed(loop))
@@ -227,6 +229,7 @@ def test_a_disk_that_becomes_read_only_costs_warnings(loop, tmp_path, undisturbe
     text, run_dir = on_a_disk(loop, tmp_path, READ_ONLY, "true")
     assert text.splitlines()[-1].startswith("summary {")
     assert "warning: checkpoint not written" in text and "Read-only file system" in text
+    assert "Traceback" not in text
     summary(run(loop.__name__, f"--resume {run_dir} --no-video"))
     is_whole(loop, run_dir, undisturbed(loop))
 

@@ -6,14 +6,20 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import imageio.v3 as imageio
+import numpy as np
 import pytest
 import torch
 from conftest import SUITE, TINY, run, summary, tiny_args
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
+from torch.utils.tensorboard import SummaryWriter
+
+WRITE = RecordWriter.write
 
 
 class Stop:
@@ -222,14 +228,38 @@ def test_metrics_csv_recovers_from_a_failed_write(script, tmp_path, capsys, monk
     monkeypatch.undo()
     assert "warning: metrics not written" in capsys.readouterr().err
     logger.log({"frames": 3, "a/b": 1.5})
-    logger.writer.close()
+    logger.tensorboard(SummaryWriter.close)
     assert metrics(tmp_path) == [{"frames": "1", "a/b": "0.5", "a/c": ""},
                                  {"frames": "2", "a/b": "", "a/c": "0.5"},
                                  {"frames": "3", "a/b": "1.5", "a/c": ""}]
 
 
-def _full():
+def _full(*_):
     raise OSError(28, "No space left on device")
+
+
+@pytest.mark.shared
+def test_tensorboard_recovers_from_a_failed_write(script, tmp_path, capsys, monkeypatch):
+    """Its thread ends with the first error; once there is room, a new one writes a new file."""
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # Logger sets it
+    for folder in ("images", "videos"):
+        (tmp_path / folder).mkdir()
+    logger = script.Logger(tiny_args(script), tmp_path, 0, [])
+    logger.log({"frames": 1, "a/b": 0.5})
+    logger.writer.flush()
+    monkeypatch.setattr(RecordWriter, "write", _full)
+    for frames in (2, 3):
+        logger.log({"frames": frames, "a/b": 0.5})
+        time.sleep(0.2)  # for the thread
+    logger.show(3, {"grey": np.zeros((8, 8, 3), np.uint8)}, [], 1)
+    errors = capsys.readouterr().err
+    assert "ended: [Errno 28]" in errors and "warning: TensorBoard not written" in errors
+    assert "Traceback" not in errors and (tmp_path / "images/000000003_grey.png").exists()
+    monkeypatch.setattr(RecordWriter, "write", WRITE)
+    logger.log({"frames": 4, "a/b": 1.5})
+    logger.tensorboard(SummaryWriter.close)
+    events = EventAccumulator(str(tmp_path)).Reload().Scalars("a/b")
+    assert [event.step for event in events] == [1, 4] and len(metrics(tmp_path)) == 4
 
 
 def test_resume_extends_a_run_but_refuses_another(whole, tmp_path):
