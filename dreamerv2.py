@@ -157,7 +157,8 @@ class Args:
 MAY_BE_ZERO = {"action_repeat", "catch_up_updates", "infonce_weight", "entropy_weight",
                "free_nats", "gamma", "kl_balance", "kl_scale", "mask_ratio", "pretrain_updates",
                "return_lambda", "seed", "shift", "spr_weight", "weight_decay"}  # fmt: skip
-AT_MOST_ONE = {"encoder_tau", "gamma", "kl_balance", "mask_ratio", "reset_alpha", "return_lambda"}
+AT_MOST = {"encoder_tau": 1, "gamma": 1, "image_size": 4096, "kl_balance": 1, "mask_ratio": 1,
+           "reset_alpha": 1, "return_lambda": 1, "seed": 2**31 - 1}  # fmt: skip
 FREE_ON_RESUME = {"checkpoint_every_frames", "cuda_graph", "device", "eval_episodes",
                   "eval_every_frames", "precision", "resume", "runs_dir", "smoke", "total_frames",
                   "track", "video"}  # fmt: skip
@@ -197,12 +198,10 @@ def check_args(args):
             if isinstance(number, (int, float)) and not isinstance(number, bool):
                 if not 0 < number < math.inf and not (number == 0 and name in MAY_BE_ZERO):
                     refuse(name, f"{number} is not a finite number above zero")
-                if number > 1 and name in AT_MOST_ONE:
-                    refuse(name, f"{number} is above 1")
+                if number > AT_MOST.get(name, math.inf):
+                    refuse(name, f"{number} is above {AT_MOST[name]}")
     args.action_repeat = args.action_repeat or ACTION_REPEAT.get(args.env_id, 2)
     check_algorithm(args)
-    if args.seed >= 2**31:  # evaluation adds as much
-        refuse("seed", f"{args.seed} is not below {2**31}")
     if args.replay_capacity < 1000:
         refuse("replay_capacity", f"{args.replay_capacity} is below 1000, one long episode")
     if args.track and not importlib.util.find_spec("wandb"):
@@ -241,6 +240,18 @@ def require_renderer():
         refuse("MUJOCO_GL", f"{os.environ.get('MUJOCO_GL')} cannot render ({e}). egl needs a GPU "
                "driver or apt-get install libegl1 libgl1-mesa-dri; osmesa needs "
                "apt-get install libosmesa6; glfw needs a screen")  # fmt: skip
+
+
+@contextlib.contextmanager
+def require_memory():
+    """Turns what NumPy and PyTorch raise where memory is short into one line."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as e:  # on a CPU, PyTorch has no class of its own for it
+        why = (str(e) or "more than there is").splitlines()[0]
+        if isinstance(e, MemoryError) or re.search("allocate|out of memory|Storage size", why):
+            sys.exit(f"error: memory: {why}; smaller networks, batches or counts need less")
+        raise
 
 
 def check_algorithm(args):
@@ -1517,4 +1528,5 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(ARGS)
+    with require_memory():
+        main(ARGS)

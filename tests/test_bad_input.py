@@ -21,7 +21,8 @@ BAD = [  # of every script
     ("--env-id dm_control-cheetah-run", "--env-id", "cheetah-"),
     ("--env-id -", "--env-id", "cartpole-"),
     ("--seed -1", "--seed", "above zero"),
-    ("--seed 2147483648", "--seed", "below"),
+    ("--seed 2147483648", "--seed", "above 2147483647"),
+    ("--image-size 5000", "--image-size", "above 4096"),
     ("--total-frames 0", "--total-frames", "above zero"),
     ("--action-repeat -2", "--action-repeat", "above zero"),
     ("--eval-every-frames 0", "--eval-every-frames", "above zero"),
@@ -51,6 +52,7 @@ FAMILY = [  # of SAC+AE and its descendant
     ("--freeze-encoder --actor-trains-encoder", "--freeze-encoder", "drop one"),
     ("--gamma 1.5", "--gamma", "above 1"),
     ("--conv-strides 2 0", "--conv-strides", "above zero"),
+    ("--conv-strides 2 11", "--conv-strides", "above 10"),
 ]
 OWN = {
     "sac_ae": [
@@ -113,6 +115,7 @@ OWN = {
         ("--prior-steps 0", "--prior-steps", "more than 0"),
         ("--total-frames 20000", "--total-frames", "20000 initial"),
         ("--tau 1.5", "--tau", "above 1"),
+        ("--task-seed 4294967296", "--task-seed", "above 4294967295"),
         ("--replay-capacity 1000", "--replay-capacity", "at least"),
         ("--total-frames 9999999999 --replay-capacity 99999999999", "--replay-capacity", "at most"),
         ("--oracle --latent-dim 1 --env-id reacher-goal", "--latent-dim", "2 numbers"),

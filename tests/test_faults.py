@@ -572,28 +572,22 @@ def test_every_argument_with_senseless_values(module, capsys):
 
 @pytest.mark.slow
 def test_what_the_checks_let_pass_runs(module, tmp_path):
-    """Trains, or is refused, or says that the memory is too small; never hangs or breaks."""
+    """Trains, or is refused, or ends with a line that says that memory is short or what became NaN;
+    where as much was asked for that it goes on, a signal stops it."""
     for name, value in accepted(module):
         flags = [*line_for(module, name, value), "--runs-dir", str(tmp_path)]
         process = subprocess.Popen([sys.executable, str(ROOT / f"{module.__name__}.py"), *flags],
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         try:
-            output, errors = process.communicate(timeout=12)
-        except subprocess.TimeoutExpired:  # as much was asked for
+            _, errors = process.communicate(timeout=12)
+        except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)
-            try:
-                output, errors = process.communicate(timeout=12)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                output, errors = process.communicate()
-            assert "Traceback" not in errors, (name, value, errors)
-            continue
+            _, errors = process.communicate(timeout=60)
+            assert process.returncode == 143, (name, value, errors)
+        assert process.returncode in (0, 1, 2, 143) and "Traceback" not in errors, (name, errors)
         if process.returncode == 1:
             last = errors.strip().splitlines()[-1]
-            assert re.search("memory|allocate|is nan|is inf|error: ", last), (name, value, errors)
-        else:
-            assert process.returncode in (0, 2), (name, value, errors)
-            assert "Traceback" not in errors, (name, value, errors)
+            assert re.match("error: (memory: |.* is (nan|inf) after)", last), (name, value, errors)
 
 
 def test_batches_larger_than_the_data(module, tmp_path):
@@ -654,10 +648,10 @@ def test_images_of_every_size_train_or_are_refused(module, capsys):
 @linux
 @pytest.mark.slow
 def test_soak(module, tmp_path):
-    """SOAK_MINUTES (30, and not less, for all scripts together) of smoke training: once the first
-    third is over, memory and open files stay what they are. PEARL, whose replay buffer is never
-    full, makes many updates per trajectory."""
-    minutes = float(os.environ.get("SOAK_MINUTES", "30")) / len(SCRIPTS)
+    """SOAK_MINUTES (30) of smoke training: once the first third is over and the replay buffer full,
+    memory and open files stay what they are. PEARL, whose buffer is never full, makes many updates
+    per trajectory."""
+    minutes = float(os.environ.get("SOAK_MINUTES", "30"))
     flags = f"--smoke --total-frames 2_000_000 --replay-capacity 4000 --runs-dir {tmp_path}"
     if module.__name__ == "pearl_pixels":
         flags = flags.replace("4000", "3000000 --updates-per-iteration 1000")
@@ -670,7 +664,9 @@ def test_soak(module, tmp_path):
         pages = int((folder / "statm").read_text().split()[1])
         seen.append((pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir(folder / "fd"))))
     process.send_signal(signal.SIGTERM)
-    assert process.wait(60) == 143
+    assert process.wait(100) == 143
+    (path,) = tmp_path.glob("*/checkpoint.pt")
+    assert module.__name__ == "pearl_pixels" or torch.load(path)["row"] > 4 * 4000
     third = len(seen) // 3
     early, late = seen[third : 2 * third], seen[-third:]
     print(module.__name__, "MiB and files after a third:", *early[0], "at the end:", *late[-1])

@@ -23,7 +23,7 @@ VARIES = {  # name: (scripts with a text of their own, or two that share one; al
     "ACTION_REPEAT": (("slac.py", "dreamerv2.py", "pearl_pixels.py"), "SAC+AE's and SLAC's papers "
                       "list different repeats, DreamerV2 has 2 everywhere, PEARL 1"),
     "MAY_BE_ZERO": (EACH, "names fields of Args, each script its own"),
-    "AT_MOST_ONE": (EACH[2:], "names fields of Args; SAC+AE and SAC+GAARA name the same ones"),
+    "AT_MOST": (EACH[2:], "names fields of Args; SAC+AE and SAC+GAARA name the same ones"),
     "FREE_ON_RESUME": (("slac.py", "pearl_pixels.py"), "SLAC can be evaluated by another "
                        "--eval-policy; PEARL's replay overwrites no row, so that its capacity may "
                        "change"),
