@@ -695,7 +695,7 @@ class RSSM(nn.Module):
         """Logits (..., S, K) of p(z | h)."""
         return self.prior_out(F.elu(self.prior_in(h))).unflatten(-1, self.shape)
 
-    def imagine(self, z, h, action, noise):
+    def imagine_step(self, z, h, action, noise):
         """Next state z', h' without having seen an image."""
         h = self.step(z, h, action)
         return one_hot_sample(self.prior(h), noise), h
@@ -750,11 +750,11 @@ class Agent(nn.Module):
         self.rssm = RSSM(e_dim, spec.action_dim, args)
         f_dim = self.rssm.z_dim + args.deter_dim
         self.decoder = Decoder(spec.obs_shape, f_dim, args)
-        self.reward = head(f_dim, out_dim=1)
+        self.reward_head = head(f_dim, out_dim=1)
         contrast, spr, mask = args.infonce_weight, args.spr_weight, args.mask_ratio
-        self.discount = head(f_dim, out_dim=1) if args.discount_head else None
+        self.discount_head = head(f_dim, out_dim=1) if args.discount_head else None
         self.masked_decoder = Decoder(spec.obs_shape, e_dim, args) if mask else None
-        self.masked_reward = head(e_dim, out_dim=1) if mask else None
+        self.masked_reward_head = head(e_dim, out_dim=1) if mask else None
         self.similarity = Linear32(128, 128) if contrast else None
         self.predictor = head(f_dim, out_dim=e_dim) if spr else None
         self.projection = Linear32(e_dim, 128) if contrast or spr else None
@@ -846,7 +846,7 @@ class Agent(nn.Module):
         for k in range(1, 6):
             z, h = z[:, :-1], h[:, :-1]  # the last has no image so far ahead
             noise = self.rssm.noise(*z.shape[:2])
-            z, h = self.rssm.imagine(z, h, action[:, k:], noise)
+            z, h = self.rssm.imagine_step(z, h, action[:, k:], noise)
             predicted = self.projection(self.predictor(torch.cat([z, h], -1)))
             loss = loss + 2 - 2 * F.cosine_similarity(predicted, keys[:, k:], -1).mean()
         return loss / 5  # [SPR loss]
@@ -857,7 +857,7 @@ class Agent(nn.Module):
         hidden = torch.rand_like(maps[:, :1]) < self.args.mask_ratio
         e = self.encoder.net[4:](maps.masked_fill(hidden, 0.0))
         return (self.image_loss(self.masked_decoder(e), images)
-                + self.reward_loss(self.masked_reward(e), reward))  # [MWM light]
+                + self.reward_loss(self.masked_reward_head(e), reward))  # [MWM light]
 
     def model_losses(self, batch, images, maps, e, z, h, post, prior):
         """{name: scalar} of a batch, its images and what the model makes of them. J(M) is the
@@ -865,9 +865,10 @@ class Agent(nn.Module):
         features, losses = torch.cat([z, h], -1), {}  # (B, T, F)
         losses["loss/kl"], losses["stat/kl"] = self.kl_loss(post, prior)
         losses["loss/image"] = self.image_loss(self.decoder(features.flatten(0, 1)), images)
-        losses["loss/reward"] = self.reward_loss(self.reward(features), batch["reward"])
-        if self.discount is not None:
-            losses["loss/discount"] = self.discount_loss(self.discount(features), batch["discount"])
+        losses["loss/reward"] = self.reward_loss(self.reward_head(features), batch["reward"])
+        if self.discount_head is not None:
+            logit = self.discount_head(features)
+            losses["loss/discount"] = self.discount_loss(logit, batch["discount"])
         if self.projection is not None:
             with torch.no_grad():  # the target follows the encoder by a moving average
                 moved = random_shift(batch["obs"], 4)  # as in SPR and DrQ
@@ -889,7 +890,7 @@ class Agent(nn.Module):
         for t in range(self.args.horizon):
             loc, std = self.actor(features[-1].detach())  # J(pi) goes through the model alone
             action, entropy = truncated_normal(loc, std, uniform[t])
-            z, h = self.rssm.imagine(z, h, action, noise[t])
+            z, h = self.rssm.imagine_step(z, h, action, noise[t])
             features.append(torch.cat([z, h], -1))
             entropies.append(entropy.sum(-1))
         return torch.stack(features), torch.stack(entropies)
@@ -898,8 +899,8 @@ class Agent(nn.Module):
         """Discounts of imagined states (H + 1, N): gamma. Or with the head: gamma times `first`
         (N,), those in the replay buffer, and then what the head says. And weights: the product of
         the discounts before each state."""
-        if self.discount is not None:
-            predicted = torch.sigmoid(self.discount(features[1:])).squeeze(-1)
+        if self.discount_head is not None:
+            predicted = torch.sigmoid(self.discount_head(features[1:])).squeeze(-1)
             discount = torch.cat([self.args.gamma * first[None], predicted])
         else:
             discount = features.new_full(features.shape[:2], self.args.gamma)
@@ -909,7 +910,7 @@ class Agent(nn.Module):
     def returns(self, features, discount):
         """Lambda returns (H, N) of imagined features (H + 1, N, F) with discounts (H + 1, N). State
         i comes with reward i, so a state's value includes its own reward."""
-        reward = self.reward(features[:-1]).squeeze(-1)
+        reward = self.reward_head(features[:-1]).squeeze(-1)
         value = self.target_critic(features[1:]).squeeze(-1)
         return lambda_returns(reward, value, discount[:-1], self.args.return_lambda)
 
@@ -1026,7 +1027,7 @@ class Agent(nn.Module):
         z, h, *_ = self.rssm.observe(*(x[:, :5] for x in (e, action, is_first, noise)))
         features, z, h = [torch.cat([z, h], -1)], z[:, -1], h[:, -1]
         for t in range(5, length):
-            z, h = self.rssm.imagine(z, h, action[:, t], noise[:, t])
+            z, h = self.rssm.imagine_step(z, h, action[:, t], noise[:, t])
             features.append(torch.cat([z, h], -1)[:, None])
         truth, model = obs[0] / 255, self.decoder(torch.cat(features, 1)[0]) + 0.5
         rows = torch.stack([truth, model, (model - truth + 1) / 2])  # (3, T, C, H, W)

@@ -820,10 +820,10 @@ class Agent(nn.Module):
     def __init__(self, args, spec):
         super().__init__()
         self.args, self.updates, self.action_dim = args, 0, spec.action_dim
-        self.free = args.obs_mode in ("ae", "critic")  # x is features
+        self.learns_x = args.obs_mode in ("ae", "critic")  # x is features, not the state
         self.true_state = args.obs_mode == "cnn-test"  # in training; evaluate() chooses for itself
         A, L = spec.action_dim, args.latent_dim
-        x_dim = args.feature_dim if self.free else spec.state_dim
+        x_dim = args.feature_dim if self.learns_x else spec.state_dim
         net = functools.partial(mlp, hidden_dim=args.hidden_dim, layers=3)
         self.actor = net(x_dim + L, out_dim=2 * A, last=1e-3)
         self.q1, self.q2 = (net(x_dim + A + L, out_dim=1) for _ in range(2))
@@ -841,9 +841,9 @@ class Agent(nn.Module):
             self.log_alpha = nn.Parameter(torch.zeros(()))
         if args.obs_mode != "state":
             images = (args.frame_stack * spec.obs_shape[0], *spec.obs_shape[1:])
-            self.cnn = Encoder(images, x_dim, self.free, args)
+            self.cnn = Encoder(images, x_dim, self.learns_x, args)
             groups["cnn"] = ["cnn"]
-        if self.free:
+        if self.learns_x:
             self.target_cnn = copy.deepcopy(self.cnn)
         if args.obs_mode == "ae":
             self.decoder = Decoder(images, x_dim, args)
@@ -983,7 +983,7 @@ class Agent(nn.Module):
                 "obs", "next_obs", "state", "next_state", "action", "reward", "discount"))
         x, movers = self.see(obs, state, self.true_state), ["critic"]
         with torch.no_grad():  # the target is a constant
-            next_x = self.see(next_obs, next_state, self.true_state, target=self.free)
+            next_x = self.see(next_obs, next_state, self.true_state, target=self.learns_x)
             target = self.target(reward, discount, next_x, z)
         extra, x_for_q, grads = 0.0, x, []
         if args.obs_mode.startswith("cnn"):
@@ -1010,7 +1010,7 @@ class Agent(nn.Module):
             metrics["stat/x_grad_q"] = weight * grads[0].norm()
         x, z = x.detach(), z.detach()  # V and actor train neither the CNN nor the context encoder
         metrics |= self.update_policy(x, z)
-        if self.free:
+        if self.learns_x:
             soft_update(self.cnn, self.target_cnn, args.encoder_tau)
         self.updates += 1
         metrics["stat/posterior_var"] = var.mean()
@@ -1039,7 +1039,7 @@ class Agent(nn.Module):
 
     def prepare(self, buffer):
         """After the initial trajectories: fixes the standardisation of states."""
-        if not self.free:
+        if not self.learns_x:
             state = buffer.columns["state"][: buffer.row]
             self.state_mean.copy_(state.mean(0))
             self.state_std.copy_(state.std(0).clamp(min=1e-3))

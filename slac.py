@@ -630,7 +630,8 @@ class LatentModel(nn.Module):
         self.z_dims, self.z_dim, self.temporal = (z1, z2), z1 + z2, args.temporal
         self.encoder = Encoder(obs_shape, args)
         self.decoder = Decoder(obs_shape, self.z_dim, args)
-        self.reward = Gaussian(2 * self.z_dim + action_dim, 1, args, floor=args.reward_std_floor)
+        self.reward_head = Gaussian(
+            2 * self.z_dim + action_dim, 1, args, floor=args.reward_std_floor)
         context = z2 if args.z2 == "recurrent" else (z2 or z1) + action_dim
         random1, random2 = args.z1 == "stochastic", args.z2 == "stochastic"
         self.q_first = Gaussian(args.feature_dim, z1, args, random1)  # q(z1 | f)
@@ -815,7 +816,7 @@ class Agent(nn.Module):
     def reward_loss(self, z, action, reward, is_first):
         """- log p(r | z, a, z'), summed over time; a first frame has no reward. Also
         gives the mean standard deviation, which may collapse where rewards are rare."""
-        mean, std = self.model.reward(z[:, :-1], action[:, 1:], z[:, 1:])  # (B, T - 1, 1)
+        mean, std = self.model.reward_head(z[:, :-1], action[:, 1:], z[:, 1:])  # (B, T - 1, 1)
         nll = 0.5 * ((reward[:, 1:] - mean) / std).square() + std.log()
         nll = nll + 0.5 * math.log(2 * math.pi)
         return (nll * ~is_first[:, 1:, None]).sum((1, 2)).mean(), std.mean()  # [SLAC J(M): r]
@@ -878,12 +879,13 @@ class Agent(nn.Module):
                 batch["sac"][k] for k in ("obs", "action", "reward", "discount", "is_first"))
             with torch.no_grad():  # neither the critic nor the actor trains the model
                 seen = self.see(obs, action, is_first, {args.actor_input, args.critic_input})
-            (actor_now, actor_next), (now, following) = (
+            (by_actor, next_by_actor), (by_critic, next_by_critic) = (
                 seen[kind].unbind(1) for kind in (args.actor_input, args.critic_input))
             metrics["loss/critic"] = self.critic_loss(
-                now, action[:, -1], reward[:, -1], discount[:, -1], following, actor_next)
+                by_critic, action[:, -1], reward[:, -1], discount[:, -1], next_by_critic,
+                next_by_actor)
             minimize(metrics["loss/critic"], optimizers["critic"])
-            metrics["loss/actor"], log_prob = self.actor_loss(actor_now, now)  # D1
+            metrics["loss/actor"], log_prob = self.actor_loss(by_actor, by_critic)  # D1
             minimize(metrics["loss/actor"], optimizers["actor"])
             metrics["loss/alpha"] = self.alpha_loss(log_prob)  # D3
             minimize(metrics["loss/alpha"], optimizers["alpha"])

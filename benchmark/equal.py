@@ -122,7 +122,7 @@ def slac_pairs(ours, peer):
     mlps = {"q_first": (a.q_first.net, b.z1_posterior_init.net),
             "q_next": (a.q_next.net, b.z1_posterior.net), "prior": (a.prior.net, b.z1_prior.net),
             "z2_first": (a.z2_first.net, b.z2_prior_init.net),
-            "z2_next": (a.z2_next.net, b.z2_prior.net), "reward": (a.reward.net, b.reward.net),
+            "z2_next": (a.z2_next.net, b.z2_prior.net), "reward": (a.reward_head.net, b.reward.net),
             "actor": (ours.actor.trunk, peer.actor.net)}
     for name, one, two in (("critic", ours.critic, peer.critic),
                            ("target critic", ours.target_critic, peer.critic_target)):
@@ -198,7 +198,7 @@ def dreamer_pairs(ours, model, behavior):
     a, b = ours.rssm, model.dynamics
     nets = {"encoder": (ours.encoder.net, model.encoder.layers),
             "decoder": (ours.decoder.net, model.heads["image"]._cnnt_layers),
-            "reward": (ours.reward, model.heads["reward"]._mean_layers),
+            "reward": (ours.reward_head, model.heads["reward"]._mean_layers),
             "target critic": (ours.target_critic, behavior._slow_value._mean_layers)}
     out = {name: list(zip(*([m for m in net if hasattr(m, "weight")] for net in both),
                           strict=True)) for name, both in nets.items()}
@@ -281,7 +281,7 @@ def dreamer(script, folder, args):
         queue.append(uniform)
         with torch.no_grad():
             their = model.dynamics.img_step(their, action)
-            z, h = ours.rssm.imagine(z, h, action, uniform)
+            z, h = ours.rssm.imagine_step(z, h, action, uniform)
         features.append(torch.cat([z, h], -1))
     show("states after 15 steps", features[-1], model.dynamics.get_feat(their))
     features = torch.stack(features)

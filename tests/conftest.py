@@ -48,7 +48,7 @@ TRAINS = {  # what moves when one step is taken on a loss; SAC+GAARA's other los
     "sac_gaara": {"contrastive": {"encoder.convs", "encoder.head", "similarity"}},
     "slac": {"KL + image + reward": {"model"}, "critic": {"critic"}, "actor": {"actor"},
              "alpha": {"log_alpha"}},
-    "dreamerv2": {"KL + image + reward": {"encoder", "rssm", "decoder", "reward"},
+    "dreamerv2": {"KL + image + reward": {"encoder", "rssm", "decoder", "reward_head"},
                   "actor": {"actor"}, "critic": {"critic"}},
     "pearl_pixels": {"Q": {"q1", "q2", "context_encoder"}, "KL": {"context_encoder"}, "V": {"v"},
                      "actor": {"actor"}},

@@ -56,7 +56,7 @@ def test_parameter_counts(A, rssm, actor, everything):
     agent = script.Agent(script.Args(device="cpu"), spec)
     assert count(agent.encoder) == 1_551_312 and count(agent.decoder) == 9_886_611
     assert count(agent.rssm) == rssm and count(agent.actor) == actor
-    assert count(agent.reward) == count(agent.critic) == count(agent.target_critic) == 971_601
+    assert count(agent.reward_head) == count(agent.critic) == count(agent.target_critic) == 971_601
     assert count(agent) == everything
     convs = [count(m) for m in agent.encoder.net if isinstance(m, torch.nn.Conv2d)]
     assert convs == [2_352, 73_824, 295_104, 1_180_032]
@@ -330,7 +330,7 @@ def test_returns_belong_to_the_state_that_the_reward_comes_with(monkeypatch):
     """R_i from reward i, discount i and value i + 1; reward and value of the other end unused."""
     agent = make_agent(return_lambda=0.6)
     features = torch.arange(5.0)[:, None, None].expand(5, 2, 17)
-    monkeypatch.setattr(agent.reward, "forward", lambda f: 10 + f[..., :1])
+    monkeypatch.setattr(agent.reward_head, "forward", lambda f: 10 + f[..., :1])
     monkeypatch.setattr(agent.target_critic, "forward", lambda f: 100 * f[..., :1])
     discount = torch.tensor([0.5, 0.6, 0.7, 0.8, 0.9])[:, None].expand(5, 2)
     expected = 400.0
@@ -349,7 +349,7 @@ def test_constant_and_learned_discounts(monkeypatch):
         torch.testing.assert_close(weights[i], torch.full((6,), 0.9**i))
     agent = make_agent(gamma=0.9, discount_head=True)
     logit = torch.randn(5, 6, 1).requires_grad_()
-    monkeypatch.setattr(agent.discount, "forward", lambda f: logit[-len(f) :])
+    monkeypatch.setattr(agent.discount_head, "forward", lambda f: logit[-len(f) :])
     discount, weights = agent.discounts(features, first)
     torch.testing.assert_close(discount[0], 0.9 * first)  # is known
     torch.testing.assert_close(discount[1:], torch.sigmoid(logit[1:, :, 0]))
@@ -434,7 +434,8 @@ ALL = {"infonce_weight": 1.0, "spr_weight": 1.0, "mask_ratio": 0.5, "shift": 2,
        "discount_head": True}
 TRAINS = TRAINS["dreamerv2"]
 MODEL = TRAINS["KL + image + reward"]
-EXTRA = {"discount", "projection", "similarity", "predictor", "masked_decoder", "masked_reward"}
+EXTRA = {"discount_head", "projection", "similarity", "predictor", "masked_decoder",
+         "masked_reward_head"}
 
 
 @pytest.mark.parametrize("changes, model", [({}, MODEL), (ALL, MODEL | EXTRA)])
@@ -661,7 +662,8 @@ def test_spr_by_loops(monkeypatch):
             for t in range(6 - k):
                 zt, ht = z[b, t], h[b, t]
                 for j in range(1, k + 1):
-                    zt, ht = agent.rssm.imagine(zt, ht, action[b, t + j], torch.full((3, 4), 0.5))
+                    zt, ht = agent.rssm.imagine_step(
+                        zt, ht, action[b, t + j], torch.full((3, 4), 0.5))
                 predicted = agent.projection(agent.predictor(torch.cat([zt, ht])))
                 errors.append((F.normalize(predicted, dim=0)
                                - F.normalize(keys[b, t + k], dim=0)).square().sum())
@@ -705,7 +707,7 @@ def test_masking_hides_cells_of_the_feature_map_in_a_second_reconstruction_only(
             assert (hidden[0] != hidden[1]).any()  # each image's own
         if ratio == 1e-9:
             plain = (agent.image_loss(agent.masked_decoder(e), images)
-                     + agent.reward_loss(agent.masked_reward(e), reward)).item()
+                     + agent.reward_loss(agent.masked_reward_head(e), reward)).item()
     assert losses[1e-9] == pytest.approx(plain, rel=1e-5)
     with_it, without = (make_agent(mask_ratio=r) for r in (0.5, 0.0))
     for name, value in without.state_dict().items():
@@ -739,9 +741,10 @@ def test_losses_are_made_of_the_right_things(monkeypatch):
         + 0.2 * script.categorical_kl(post, prior.detach()).mean(),
         "loss/image": 0.5 * (agent.decoder(features.flatten(0, 1)) - images).square().sum() / 18
         + 0.918939 * 507,
-        "loss/reward": 0.5 * (agent.reward(features) - batch["reward"]).square().mean() + 0.918939,
+        "loss/reward": 0.918939
+        + 0.5 * (agent.reward_head(features) - batch["reward"]).square().mean(),
         "loss/discount": F.binary_cross_entropy_with_logits(
-            agent.discount(features), 0.99 * batch["discount"]),
+            agent.discount_head(features), 0.99 * batch["discount"]),
         "loss/contrastive": agent.contrastive_loss(e, keys),
         "loss/spr": agent.spr_loss(z, h, batch["action"], keys),
         "loss/masked": agent.masked_loss(maps, images, batch["reward"].view(18, 1)),
@@ -774,7 +777,7 @@ def test_gradients_go_back_through_time_by_z_and_by_h(way):
 
 def test_the_entropy_moves_the_actor():
     agent = make_agent(entropy_weight=0.5)
-    for net in (agent.reward, agent.target_critic):
+    for net in (agent.reward_head, agent.target_critic):
         for p in net.parameters():
             p.data.zero_()
     features, entropies = agent.imagine(torch.rand(3, 12), torch.randn(3, 5))

@@ -1044,7 +1044,7 @@ def test_context_is_what_the_mode_sees(mode, monkeypatch):
 def test_what_the_target_sees(mode, monkeypatch):
     """The next observation, by the target encoder where there is one."""
     agent, seen = make_agent(obs_mode=mode), []
-    if agent.free:
+    if agent.learns_x:
         for p in agent.target_cnn.parameters():
             p.data.mul_(1.5)
     batch, target = make_batch(agent), agent.target
@@ -1053,7 +1053,7 @@ def test_what_the_target_sees(mode, monkeypatch):
     if mode in ("state", "cnn-test"):
         expected = part["next_state"].flatten(0, 1)
     else:
-        expected = (agent.target_cnn if agent.free else agent.cnn)(images).detach()
+        expected = (agent.target_cnn if agent.learns_x else agent.cnn)(images).detach()
     monkeypatch.setattr(agent, "target", lambda r, d, x, z: (seen.append(x), target(r, d, x, z))[1])
     agent.update(batch)
     torch.testing.assert_close(seen[0], expected)

@@ -79,7 +79,7 @@ def test_parameter_counts(A):
     assert count(m.encoder) == 1_438_784 and count(m.decoder) == 1_569_603
     assert count(m.z2_first) == 205_824 and count(m.prior) == 148_032 + 256 * A
     assert count(m.z2_next) == 271_360 + 256 * A and count(m.q_first) == 148_032
-    assert count(m.q_next) == 213_568 + 256 * A and count(m.reward) == 214_018 + 256 * A
+    assert count(m.q_next) == 213_568 + 256 * A and count(m.reward_head) == 214_018 + 256 * A
     assert count(m) == 4_209_221 + 1024 * A
     assert count(agent.critic.q1) == count(agent.critic.q2) == 140_033 + 256 * A
     assert count(agent.actor) == 590_336 + 2306 * A
@@ -198,7 +198,7 @@ def test_reward_loss_and_its_mask(monkeypatch):
     reward, z = torch.randn(3, 5, 1, generator=g), torch.randn(3, 5, 10, generator=g)
     action = torch.rand(3, 5, 2, generator=g)
     asked = []
-    monkeypatch.setattr(agent.model.reward, "forward",
+    monkeypatch.setattr(agent.model.reward_head, "forward",
                         lambda *x: asked.append(x) or (mean, std))
     is_first = torch.zeros(3, 5, dtype=torch.bool)
     loss, mean_std = agent.reward_loss(z, action, reward, is_first)
@@ -215,7 +215,7 @@ def test_reward_loss_and_its_mask(monkeypatch):
 
 def test_the_reward_floor_is_the_rewards_alone():
     agent = make_agent(reward_std_floor=0.5)
-    assert agent.model.reward(*(torch.randn(9, d) * 50 for d in (10, 2, 10)))[1].min() >= 0.5
+    assert agent.model.reward_head(*(torch.randn(9, d) * 50 for d in (10, 2, 10)))[1].min() >= 0.5
     assert agent.model.q_first(torch.randn(99, 8) * 50)[1].min() < 0.5
 
 
