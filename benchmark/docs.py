@@ -45,6 +45,17 @@ PEERS = {  # file in results/speed: (what is timed, the other code)
 }  # fmt: skip
 
 
+EQUAL = {  # file in results/equal: (script, the other's repository and commit)
+    "pytorch_sac_ae": ("sac_ae", "denisyarats/pytorch_sac_ae", "7fa560e"),
+    "SAC-GAARA": ("sac_gaara", "Otsuts/SAC-GAARA", "4a8f240"),
+    "SAC-GAARA-4fe3771": ("sac_gaara", "Otsuts/SAC-GAARA", "4fe3771"),
+    "curl": ("sac_gaara", "MishaLaskin/curl", "8416d6e"),
+    "slac.pytorch": ("slac", "toshikwa/slac.pytorch", "8b9d520"),
+    "dreamer-torch": ("dreamerv2", "jsikyoon/dreamer-torch", "7c2331a"),
+    "oyster": ("pearl_pixels", "katerakelly/oyster", "44e20fd"),
+}
+
+
 def lines_of(name):
     """A script's lines."""
     return (ROOT / f"{name}.py").read_text().splitlines()
@@ -112,6 +123,36 @@ def equations():
                 found.setdefault(tag, []).append(f"[{i}]({name}.py#L{i})")
         cells = [f"{tag} {', '.join(places)}" for tag, places in found.items()]
         rows.append((f"`{name}`", "; ".join(cells)))
+    return rows_to_table(*rows)
+
+
+def deviations():
+    """What the docstrings list as differing from papers and authors' code, a cell per script; each
+    number links to its place."""
+    rows, seen = [("script", "differences, and our choice")], set()
+    for name in SCRIPTS:
+        lines, cells = lines_of(name), []
+        for text in re.findall(r"^(D\d+  .+(?:\n    .+)*)", "\n".join(lines).split('"""')[1], re.M):
+            number, text = " ".join(text.split()).split(" ", 1)
+            if text in seen:
+                continue  # SAC+GAARA begins with SAC+AE's
+            seen.add(text)
+            places = [i for i, line in enumerate(lines, 1)
+                      if re.search(rf"^{number}\b|  # .*\b{number}\b", line)]  # fmt: skip
+            place = places[:2][-1]  # the first after the docstring's
+            cells.append(f"[{number}]({name}.py#L{place}) {text}")
+        rows.append((f"`{name}`", "<br>".join(cells)))
+    return rows_to_table(*rows)
+
+
+def equality():
+    """The largest difference of losses and parameters from other code, from what equal.py wrote."""
+    rows = [("script", "the other code", "largest difference")]
+    for stem, (name, repository, commit) in EQUAL.items():
+        text = (RESULTS / "equal" / f"{stem}.txt").read_text()
+        largest = max(float(x) for x in re.findall(r"(?:difference|relative) (\d.*e[-+]\d+)", text))
+        rows.append((f"`{name}.py`", f"[{repository}](https://github.com/{repository}) ({commit})",
+                     f"[{largest:.0e}](results/equal/{stem}.txt)"))  # fmt: skip
     return rows_to_table(*rows)
 
 
