@@ -9,11 +9,13 @@
 
 Hafner et al. 2021, Mastering Atari with Discrete World Models, https://arxiv.org/abs/2010.02193;
 the authors' code: https://github.com/danijar/dreamerv2, here its dmc_vision configuration.
-The switches for data efficiency follow Bednarz's study of DreamerV2.
+The switches for data efficiency follow Bednarz's study (https://github.com/vitreusx/msc-thesis),
+InfoNCE CURL (https://arxiv.org/abs/2004.04136), the rest SPR (https://arxiv.org/abs/2007.05929)
+and masked world models (MWM, https://arxiv.org/abs/2206.14244).
 
-    images --> encoder --> e --+--> q(z | h, e) --> z        J(M): image, reward, KL(q || p)
-                               |                             trains encoder, RSSM, decoder, reward
-        h' = GRU(h, z, a) -----+--> p(z | h)
+    images --> encoder --> e' --+--> q(z' | h', e') --> z'   J(M): image, reward, KL(q || p)
+                                |                            trains encoder, RSSM, decoder, reward
+    z, h, a --> GRU --> h' -----+--> p(z' | h')
     z, h --> decoder, reward
     z, h -x-> actor --> a --> h' --> z' ~ p --x-> actor ...  15 steps, imagined from every z, h
         J(pi) trains the actor, through the model; J(v) trains the critic; x: no gradient
@@ -102,8 +104,8 @@ class Args:
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there, else mps, else cpu
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of matrix products and convs in updates
-    cuda_graph: bool = False  # launch an update, or an action, at once (needs --device cuda)
-    replay_capacity: int = 2_000_000  # rows, one per step and episode start, or the run's if less
+    cuda_graph: bool = False  # launch an update, or an action, as one CUDA graph
+    replay_capacity: int = 2_000_000  # rows, one per step and episode start; the run's if fewer
     warmup_steps: int = 1000  # uniformly random steps before the first update (code 1000)
     pretrain_updates: int = 100  # updates at the end of the warm-up (code 100)
     updates_per_step: float = 0.2  # updates per step from then on (code 0.2)
@@ -113,7 +115,7 @@ class Args:
     checkpoint_every_frames: int = 100_000  # at the first episode end after so many [frames]
     runs_dir: str = "runs"  # where the run's folder is made
     resume: str = ""  # run folder to go on with; its arguments become the defaults
-    evaluate: str = ""  # run folder or checkpoint to play and film instead of training
+    evaluate: str = ""  # run folder or checkpoint to play and film, with its own arguments
     smoke: bool = False  # small images and networks that learn visibly in minutes on two CPU cores
     track: bool = False  # log to Weights & Biases too, if it is installed
     video: bool = True  # film the first episode of every evaluation
@@ -124,9 +126,9 @@ class Args:
     categoricals: int = 32  # how many z is made of (paper 32)
     classes: int = 32  # of each categorical (paper 32)
     deter_dim: int = 200  # size of h (code 200)
-    hidden_dim: int = 200  # width of the hidden layers (code 200)
-    head_dim: int = 400  # width of reward head, actor and critic (paper 400)
-    head_layers: int = 4  # hidden layers of reward head, actor and critic (paper 4)
+    hidden_dim: int = 200  # width of the hidden layers (code 200: of the RSSM)
+    head_dim: int = 400  # width of actor, critic and all heads (paper 400)
+    head_layers: int = 4  # hidden layers of actor, critic and all heads (paper 4)
     horizon: int = 15  # imagined steps (paper 15)
     gamma: float = 0.99  # discount per step (code 0.99)
     return_lambda: float = 0.95  # of the lambda returns (paper 0.95)
@@ -138,8 +140,8 @@ class Args:
     model_lr: float = 3e-4  # Adam step on J(M) (code 3e-4)
     actor_lr: float = 8e-5  # Adam step on J(pi) (code 8e-5)
     critic_lr: float = 8e-5  # Adam step of the critic (code 8e-5)
-    weight_decay: float = 1e-6  # what weights lose per update, at any learning rate (paper 1e-6)
-    target_every_updates: int = 100  # target networks move at every Nth update (of the critic)
+    weight_decay: float = 1e-6  # share that weights lose per update, at any step (paper 1e-6)
+    target_every_updates: int = 100  # target networks move at every Nth update (the critic's)
     # data efficiency, all off
     model_every_updates: int = 1  # the model moves at every Nth update
     behavior_every_updates: int = 1  # actor and critic move at every Nth update
@@ -147,7 +149,7 @@ class Args:
     reset_every_updates: int = 25_000  # distance between resets, without the catch-up updates
     reset_alpha: float = 0.8  # part of the way to fresh weights that a reset goes
     catch_up_updates: int = 1000  # extra updates after each reset
-    shift: int = 0  # augmentation: largest random shift, one per sequence [pixels]
+    shift: int = 0  # augmentation: largest random shift of what the model sees [pixels]
     encoder_tau: float = 0.05  # part of the way that the target encoder goes (CURL 0.05)
     infonce_weight: float = 0.0  # of InfoNCE between encoder and target encoder
     spr_weight: float = 0.0  # of predicting the target encoder's next five outputs (SPR)
@@ -178,21 +180,20 @@ def make_args(values):
 
 def parse_args():
     """Args from the command line, over the defaults of a smoke run or of the run to resume."""
-    args = tyro.cli(Args, description=__doc__.splitlines()[0])
+    default = Args(**SMOKE) if "--smoke" in sys.argv else Args()
+    args = tyro.cli(Args, default=default, description=__doc__.splitlines()[0])
     if args.resume:
         try:
             was = make_args(json.loads(Path(args.resume, "args.json").read_text()))
-        except (OSError, ValueError, TypeError) as e:
+        except (OSError, ValueError, TypeError, AttributeError) as e:
             refuse("resume", f"{args.resume} is not a run folder of this script ({e})")
         args = tyro.cli(Args, default=was)
-    elif args.smoke:
-        args = tyro.cli(Args, default=Args(**SMOKE))
     check_args(args)
     return args
 
 
 def check_args(args):
-    """Refuses what cannot work, before anything heavy is imported or written."""
+    """Refuses what cannot work, before PyTorch is imported or anything written."""
     for name, value in vars(args).items():
         for number in value if isinstance(value, tuple) else [value]:
             if isinstance(number, (int, float)) and not isinstance(number, bool):
@@ -291,7 +292,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from dm_control import suite
 from dm_control.mujoco.engine import Camera
-from filelock import FileLock, Timeout
+from filelock import FileLock, Timeout  # comes with torch
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -336,7 +337,7 @@ class PixelEnv:
         self.camera_id = 2 if env_id.startswith("quadruped") else 0
         self.cameras, self.flags = {}, {}
         action_spec = self.env.action_spec()
-        bounds = action_spec.minimum, action_spec.maximum
+        bounds = action_spec.minimum, action_spec.maximum  # infinite ones (lqr) become -1, 1
         self.low, self.high = (np.where(np.abs(b) > 1e6, np.sign(b), b) for b in bounds)
         vis = self.env.physics.model.vis
         vis.global_.offwidth = vis.global_.offheight = max(image_size, video_size)
@@ -347,7 +348,7 @@ class PixelEnv:
         first = self.reset()
         self.spec = EnvSpec(first.obs.shape, dtype, len(self.low), len(first.state))
         self.fps = max(1, round(1 / (self.env.control_timestep() * action_repeat)))  # of a video
-        self.random.seed(seed)  # that reset does not count
+        self.random.seed(seed)  # as if the reset above, for the shapes, had not been
 
     def reset(self):
         """First Step of a new episode."""
@@ -446,14 +447,15 @@ class ReplayBuffer:
             column[slot] = upload(getattr(step, name), self.device)
         self.row += 1
 
-    def draw(self, rng, count, first, length, together):
-        """First rows (count,) of windows of `length` rows, none before `first`, whose last
-        `together` rows are of one episode; uniform, with replacement. Raises if there is none."""
+    def draw(self, rng, count, oldest, length, together):
+        """First rows (count,) of windows of `length` rows, none before `oldest`, whose last
+        `together` rows are of one episode; uniform, with replacement. Raises if there are hardly
+        any."""
         rows = np.empty(0, np.int64)
         for _ in range(1000):
-            new = rng.integers(first, self.row - length + 1, count)
-            episode = self.start[(new + length - 1) % self.capacity]  # of the last row
-            rows = np.append(rows, new[episode <= new + length - together])
+            new = rng.integers(oldest, self.row - length + 1, count)
+            starts = self.start[(new + length - 1) % self.capacity]  # of the last rows' episodes
+            rows = np.append(rows, new[starts <= new + length - together])
             if len(rows) >= count:
                 return rows[:count]
         raise ValueError(f"the replay buffer holds hardly any episode of {together} rows")
@@ -468,10 +470,11 @@ class ReplayBuffer:
 
         Before an episode's first image, a stack repeats it.
         """
-        oldest = self.row - self.capacity
-        rows = self.draw(rng, batch_size, oldest + stack - 1 if oldest > 0 else 0, 2, 2)
-        episode = self.start[rows % self.capacity]
-        window = np.maximum(rows[:, None] + np.arange(1 - stack, 2), episode[:, None])
+        oldest = self.row - self.capacity  # a stack must not reach before it
+        oldest = oldest + stack - 1 if oldest > 0 else 0
+        rows = self.draw(rng, batch_size, oldest, length=2, together=2)
+        starts = self.start[rows % self.capacity]
+        window = np.maximum(rows[:, None] + np.arange(1 - stack, 2), starts[:, None])
         obs = self.gather("obs", window)  # (B, stack + 1, C, H, W)
         batch = {key: self.gather(key, rows + 1) for key in ("action", "reward", "discount")}
         return {"obs": obs[:, :-1].flatten(1, 2), "next_obs": obs[:, 1:].flatten(1, 2), **batch}
@@ -525,7 +528,7 @@ def free_memory(device):
 
 
 def weight_init(module):
-    """Glorot's uniform weights, zero biases, as Keras has by default."""
+    """Glorot's uniform weights, zero biases, as Keras has by default; LayerNorm for resets."""
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
@@ -543,10 +546,10 @@ class Linear32(nn.Linear):
 
 def mlp(in_dim, hidden_dim, layers, out_dim):
     """Hidden ELU layers and a linear one."""
-    dims, net = [in_dim] + layers * [hidden_dim], []
-    for i in range(layers):
-        net += [nn.Linear(dims[i], dims[i + 1]), nn.ELU()]
-    return nn.Sequential(*net, Linear32(dims[-1], out_dim))
+    net = [nn.Linear(in_dim, hidden_dim), nn.ELU()]
+    for _ in range(layers - 1):
+        net += [nn.Linear(hidden_dim, hidden_dim), nn.ELU()]
+    return nn.Sequential(*net, Linear32(hidden_dim, out_dim))
 
 
 def preprocess(obs):
@@ -569,8 +572,9 @@ def random_shift(obs, pixels):
 
 
 def one_hot_sample(logits, uniform):
-    """One class of each categorical (..., S, K) as a one-hot z (..., S * K) which has the gradient
-    of the probabilities; from uniform noise of that shape (argmax p / Exp(1) is a sample)."""
+    """One class of each categorical (..., S, K) as a one-hot z (..., S * K), straight-through: it
+    has the gradient of the probabilities. From uniform noise of that shape: argmax p / Exp(1) is a
+    sample, as Gumbel-max."""
     probs = torch.softmax(logits, -1)
     index = (probs.detach() / -torch.log(uniform)).argmax(-1, keepdim=True)
     hard = torch.zeros_like(logits).scatter_(-1, index, 1.0)
@@ -611,7 +615,7 @@ def minimize(loss, optimizer):
     else, whatever the loss was computed with, and is clipped to a norm of 100."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     optimizer.zero_grad()
-    with torch.autocast(loss.device.type, enabled=False):  # autograd has forward's types
+    with torch.autocast(loss.device.type, enabled=False):  # backward keeps forward's types
         loss.backward(inputs=parameters)
     nn.utils.clip_grad_norm_(parameters, 100.0)
     optimizer.step()
@@ -681,23 +685,20 @@ class RSSM(nn.Module):
 
     def cell(self, x, h):
         """The GRU: h' (..., D) from an input before its ELU. One LayerNorm over all gates, and the
-        reset gate times the tanh's argument as a whole: torch's GRUCell has neither."""
+        reset gate times the tanh's whole argument: torch's GRUCell has no norm, and resets the part
+        of h alone."""
         gates = self.gru_norm(self.gru(torch.cat([F.elu(x), h], -1)))
         reset, candidate, update = gates.chunk(3, -1)
         update = torch.sigmoid(update - 1)
         return update * torch.tanh(torch.sigmoid(reset) * candidate) + (1 - update) * h
-
-    def step(self, z, h, action):
-        """h' (..., D) after an action (..., A) in state z (..., Z), h (..., D)."""
-        return self.cell(self.gru_in(torch.cat([z, action], -1)), h)
 
     def prior(self, h):
         """Logits (..., S, K) of p(z | h)."""
         return self.prior_out(F.elu(self.prior_in(h))).unflatten(-1, self.shape)
 
     def imagine_step(self, z, h, action, noise):
-        """Next state z', h' without having seen an image."""
-        h = self.step(z, h, action)
+        """Next state z' (..., Z), h' (..., D) after an action (..., A), without an image."""
+        h = self.cell(self.gru_in(torch.cat([z, action], -1)), h)
         return one_hot_sample(self.prior(h), noise), h
 
     def observe(self, e, action, is_first, noise, z=None, h=None):
@@ -705,22 +706,22 @@ class RSSM(nn.Module):
         noise (B, T, S, K), from state z, h on: z (B, T, Z), h (B, T, D) and the logits of
         posterior and prior (B, T, S, K). Where is_first, the state before and its action are 0."""
         keep = 1.0 - is_first[..., None].float()
+        # of gru_in and post_in, the parts that read a and e, for all times at once; z and h follow
         w_z, w_a = self.gru_in.weight.split([self.z_dim, action.shape[-1]], 1)
         w_h, w_e = self.post_in.weight.split([self.h_dim, e.shape[-1]], 1)
-        x = F.linear(action * keep, w_a, self.gru_in.bias)  # what does not recur, for all times
+        x = F.linear(action * keep, w_a, self.gru_in.bias)
         y = F.linear(e, w_e, self.post_in.bias)
         z = e.new_zeros(len(e), self.z_dim) if z is None else z
         h = e.new_zeros(len(e), self.h_dim) if h is None else h
-        zs, hs, logits = [], [], []
+        states = []
         for t in range(e.shape[1]):
             z, h = z * keep[:, t], h * keep[:, t]
             h = self.cell(F.linear(z, w_z) + x[:, t], h)
             post = self.post_out(F.elu(F.linear(h, w_h) + y[:, t])).unflatten(-1, self.shape)
             z = one_hot_sample(post, noise[:, t])
-            for values, value in ((zs, z), (hs, h), (logits, post)):
-                values.append(value)
-        h = torch.stack(hs, 1)
-        return torch.stack(zs, 1), h, torch.stack(logits, 1), self.prior(h)
+            states.append((z, h, post))
+        z, h, post = (torch.stack(values, 1) for values in zip(*states, strict=True))
+        return z, h, post, self.prior(h)
 
 
 class Actor(nn.Module):
@@ -732,14 +733,14 @@ class Actor(nn.Module):
 
     def forward(self, features):
         mean, std = self.trunk(features).chunk(2, -1)
-        return torch.tanh(mean), 2 * torch.sigmoid(std / 2) + 0.1
+        return torch.tanh(mean), 2 * torch.sigmoid(std / 2) + 0.1  # 0.1 to 2.1, first about 1.1
 
 
 # ---- Agent -------------------------------------------------------------------------------------
 
 
 class Agent(nn.Module):
-    """act, one method per loss (tensors in, a scalar out), and update, the algorithm."""
+    """act; a method per loss, whose gradients minimize() keeps apart; update, the algorithm."""
 
     def __init__(self, args, spec):
         super().__init__()
@@ -761,7 +762,7 @@ class Agent(nn.Module):
         self.world = [name for name, _ in self.named_children()]  # what J(M) trains
         self.actor = Actor(f_dim, spec.action_dim, args)
         self.critic = head(f_dim, out_dim=1)
-        self.register_buffer("reset_count", torch.zeros(1, 1, dtype=torch.int64))  # so far
+        self.register_buffer("reset_count", torch.zeros(1, 1, dtype=torch.int64))  # for act()
         self.apply(weight_init).to(args.device, memory_format=torch.channels_last)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)  # D6
         if self.projection is not None:
@@ -770,11 +771,10 @@ class Agent(nn.Module):
         self.loss_weights = {"loss/kl": args.kl_scale, "loss/contrastive": contrast,
                              "loss/spr": spr}  # fmt: skip
 
-        def adam(names, lr):  # decoupled decay of `weight_decay` per update, whatever lr is
+        def adam(names, lr):  # D5
             parameters = [p for name in names for p in self.get_submodule(name).parameters()]
-            decay = args.weight_decay / lr
-            return torch.optim.AdamW(  # D5
-                parameters, lr, eps=1e-5, weight_decay=decay, fused=True)
+            decay = args.weight_decay / lr  # AdamW multiplies it by lr, theirs does not
+            return torch.optim.AdamW(parameters, lr, eps=1e-5, weight_decay=decay, fused=True)
 
         # Who trains what: a loss moves the parameters of its own optimizer, nothing else (see
         # minimize), though J(pi) is computed through the model, the reward and the target critic.
@@ -788,7 +788,8 @@ class Agent(nn.Module):
         obs = torch.as_tensor(step.obs, device=self.args.device)[None, None]
         action = torch.as_tensor(step.action, device=self.args.device)[None, None]
         carry = carry or {"z": None, "h": None, "reset_count": self.reset_count - 1}
-        is_first = carry["reset_count"] != self.reset_count  # an episode starts; or a reset came
+        # (1, 1): an episode starts, or a reset came, after which the state says nothing; D7
+        is_first = carry["reset_count"] != self.reset_count
         *_, e = self.encode(obs, self.encoder)
         noise = self.rssm.noise(1, 1)
         z, h, *_ = self.rssm.observe(e, action, is_first, noise, carry["z"], carry["h"])
@@ -828,16 +829,16 @@ class Agent(nn.Module):
 
     def contrastive_loss(self, e, keys):
         """InfoNCE: the embedding of an image e (B, T, E) must find the key of the same image under
-        another shift, among the keys of the batch (B, T, 128) but for those close by in its
+        random shift, among the keys of the batch (B, T, 128) but for those close by in its
         sequence. An image that two sequences hold counts as a negative of itself, as in CURL."""
         query = self.similarity(self.projection(e)).flatten(0, 1)
         n, T = len(query), e.shape[1]
-        t = torch.arange(n, device=e.device)
-        sequence, apart = t // T, (t[:, None] - t).abs()
+        index = torch.arange(n, device=e.device)
+        sequence, apart = index // T, (index[:, None] - index).abs()
         near = (sequence[:, None] == sequence) & (apart > 0) & (apart <= 3)  # look the same
         with torch.autocast(e.device.type, enabled=False):  # as Linear32
             logits = (query @ keys.flatten(0, 1).T).masked_fill(near, -math.inf)
-        return F.cross_entropy(logits, t)  # [CURL InfoNCE]
+        return F.cross_entropy(logits, index)  # [CURL InfoNCE]
 
     def spr_loss(self, z, h, action, keys):
         """From every state of z (B, T, Z), h (B, T, D) the model goes five steps ahead by the real
@@ -888,22 +889,22 @@ class Agent(nn.Module):
         noise = self.rssm.noise(self.args.horizon, len(z))
         uniform = torch.rand(*noise.shape[:2], self.action_dim, device=z.device)
         for t in range(self.args.horizon):
-            loc, std = self.actor(features[-1].detach())  # J(pi) goes through the model alone
+            # no gradient through what the actor sees, only through what its actions bring about
+            loc, std = self.actor(features[-1].detach())
             action, entropy = truncated_normal(loc, std, uniform[t])
             z, h = self.rssm.imagine_step(z, h, action, noise[t])
             features.append(torch.cat([z, h], -1))
             entropies.append(entropy.sum(-1))
         return torch.stack(features), torch.stack(entropies)
 
-    def discounts(self, features, first):
-        """Discounts of imagined states (H + 1, N): gamma. Or with the head: gamma times `first`
-        (N,), those in the replay buffer, and then what the head says. And weights: the product of
-        the discounts before each state."""
+    def discounts(self, features, first_discount):
+        """Discounts of imagined states (H + 1, N): gamma. Or with the head: gamma times those of
+        the replay buffer (N,), and then what the head says, which includes gamma. And weights: the
+        product of the discounts before each state."""
+        discount = features.new_full(features.shape[:2], self.args.gamma)
         if self.discount_head is not None:
             predicted = torch.sigmoid(self.discount_head(features[1:])).squeeze(-1)
-            discount = torch.cat([self.args.gamma * first[None], predicted])
-        else:
-            discount = features.new_full(features.shape[:2], self.args.gamma)
+            discount = torch.cat([self.args.gamma * first_discount[None], predicted])
         weights = torch.cat([torch.ones_like(discount[:1]), discount[:-1]]).cumprod(0)
         return discount, weights.detach()  # or the actor could gain by making losses weigh less
 
@@ -915,9 +916,10 @@ class Agent(nn.Module):
         return lambda_returns(reward, value, discount[:-1], self.args.return_lambda)
 
     def actor_loss(self, returns, entropies, weights):
-        """Minus the return after each action and its entropy, both (H, N), weighted (H + 1, N). The
-        first return is before any action; the gradient flows through the model's steps."""
-        # action i leads to return i + 1, so the last one has none
+        """Minus the return after each action and its entropy, both (H, N), weighted (H + 1, N); the
+        gradient flows through the model's steps."""
+        # Action i leads to state i + 1, and return i + 1 is the first that it changes. The last
+        # action counts through the value of the last state alone, its entropy not.
         objective = returns[1:] + self.args.entropy_weight * entropies[:-1]
         return -(weights[:-2] * objective).mean()  # [DreamerV2 actor]
 
@@ -927,43 +929,43 @@ class Agent(nn.Module):
         nll = 0.5 * (value - returns.detach()).square() + 0.5 * math.log(2 * math.pi)
         return (weights[:-1] * nll).mean()  # [DreamerV2 critic]
 
-    def resets(self, updates):
-        """How many resets come up to this update, its own included; as updates_due has them."""
+    def resets_due(self, updates):
+        """How many resets come up to this update, its own included: the k-th is catch_up_updates
+        before update k * (every + catch_up_updates), and updates_due lets those follow at once."""
         every, extra = self.args.reset_every_updates, self.args.catch_up_updates
         return 0 if self.args.reset == "none" else max(0, updates + extra) // (every + extra)
 
-    @torch.no_grad()  # weights are set, not learned
+    @torch.no_grad()
     def reset(self):
-        """Moves weights reset_alpha of the way to fresh ones and clears their Adam moments."""
-        transition = ["gru_in", "gru", "gru_norm", "prior_in", "prior_out"]
-        policy = ["actor", "critic"]
-        names = {"transition": [f"rssm.{name}" for name in transition], "actor-critic": policy,
-                 "all": self.world + policy}[self.args.reset]  # fmt: skip
+        """Moves weights reset_alpha of the way to fresh ones, clears the state of their Adam (its
+        counter too), and copies them to their targets."""
+        names = {"transition": ["rssm.gru_in", "rssm.gru", "rssm.gru_norm", "rssm.prior_in",
+                                "rssm.prior_out"], "actor-critic": ["actor", "critic"],
+                 "all": [*self.world, "actor", "critic"]}[self.args.reset]  # fmt: skip
         for name in names:
             module = self.get_submodule(name)
             fresh = copy.deepcopy(module).apply(weight_init)
             soft_update(fresh, module, self.args.reset_alpha)
             for optimizer in self.optimizers.values():
                 for p in module.parameters():
-                    for moment in optimizer.state.get(p, {}).values():
-                        moment.zero_()
-        for name, module in self.named_children():
-            if f"target_{name}" in self._modules and name in names:
+                    for value in optimizer.state.get(p, {}).values():
+                        value.zero_()
+            if f"target_{name}" in self._modules:
                 soft_update(module, self.get_submodule(f"target_{name}"), 1.0)
         self.reset_count += 1
 
     def cadence(self):
         """Whether this update begins with a reset, and moves the model, the policy, the target."""
         args, n = self.args, self.updates
-        every = args.model_every_updates, args.behavior_every_updates
-        target = every[1] * args.target_every_updates
-        return (self.resets(n) > self.resets(n - 1), *(n % k == 0 for k in (*every, target)))
+        model, behavior = n % args.model_every_updates == 0, n % args.behavior_every_updates == 0
+        target = n % (args.behavior_every_updates * args.target_every_updates) == 0
+        return self.resets_due(n) > self.resets_due(n - 1), model, behavior, target
 
     def sample(self, buffer, rng):
         """The sequences that update() takes; the model starts anew at the first row of each."""
         size, length = self.args.batch_size, self.args.sequence_length
         batch = buffer.sequences(rng, size, length, length)  # D2  [Bednarz alg. 1:3]
-        batch["is_first"][:, 0] = True
+        batch["is_first"][:, 0] = True  # the state before is not known: zeros, without its action
         return batch
 
     def update_model(self, batch, due):
@@ -1085,7 +1087,7 @@ def evaluate(act, env, seed, episodes, video_size=0):
 
 @contextlib.contextmanager
 def survive(what):
-    """A full disk costs a warning, not the run."""
+    """A full disk costs a warning, not the run (PyTorch raises RuntimeError there)."""
     try:
         yield
     except (OSError, RuntimeError) as e:
@@ -1189,6 +1191,7 @@ def check_finite(metrics, updates):
                      "A new run with smaller learning rates may help")  # fmt: skip
 
 
+@survive("checkpoint")
 def save_checkpoint(run_dir, args, agent, buffer, env, rng, progress):
     """All that the rest of the run depends on; the checkpoint before stays as previous.pt."""
     total = sum(tensor.sum() for tensor in agent.state_dict().values())
@@ -1247,13 +1250,6 @@ def load_checkpoint(payload, run_dir, agent, buffer, env, rng):
 # ---- CUDA graphs (shared; a reader can skip them) ------------------------------------------------
 
 
-def autocast(args):
-    """What updates run in: with --precision bf16, convs and matrix products in bfloat16. Without a
-    cache of converted weights, as they change in the middle of an update."""
-    return torch.autocast(args.device.split(":")[0], torch.bfloat16, args.precision == "bf16",
-                          cache_enabled=False)  # fmt: skip
-
-
 class CudaGraph:
     """Takes the place of an agent's method: records what that launches on the GPU, and from then on
     launches it all at once, on inputs at fixed places.
@@ -1305,6 +1301,13 @@ class CudaGraph:
 # ---- train (shared: the same text in every script) ----------------------------------------------
 
 
+def autocast(args):
+    """What updates run in: with --precision bf16, convs and matrix products in bfloat16. Without a
+    cache of converted weights, as they change in the middle of an update."""
+    return torch.autocast(args.device.split(":")[0], torch.bfloat16, args.precision == "bf16",
+                          cache_enabled=False)  # fmt: skip
+
+
 def make_env(args, seed, pixels=True, video_size=0):
     """The run's task; pixels=False does without images."""
     return PixelEnv(args.env_id, seed, args.action_repeat, args.image_size, args.render,
@@ -1312,7 +1315,7 @@ def make_env(args, seed, pixels=True, video_size=0):
 
 
 def replay_rows(args):
-    """Rows of the replay buffer: one per step and one per episode start, 1000 frames apart."""
+    """Rows of the replay buffer: one per step and one per episode start, of 1000 frames each."""
     rows = args.total_frames // args.action_repeat + args.total_frames // 1000 + 2
     return min(args.replay_capacity, rows)
 
@@ -1350,7 +1353,7 @@ def train(args, run_dir, interrupt, payload=None):
     buffer = ReplayBuffer(replay_rows(args), env.spec, args.device)
     if args.cuda_graph:
         CudaGraph(agent, "update", agent.cadence)
-        CudaGraph(agent, "act", tuple)
+        CudaGraph(agent, "act", cadence=tuple)  # none: tuple() is ()
     total_steps = args.total_frames // args.action_repeat
     eval_steps = max(1, args.eval_every_frames // args.action_repeat)
 
@@ -1378,7 +1381,7 @@ def train(args, run_dir, interrupt, payload=None):
     logger = Logger(args, run_dir, now["step"] * args.action_repeat, now["rows"])
     clock, began = time.monotonic() - now["wall_s"], None
     while now["step"] < total_steps:
-        if now["action"] is None:
+        if now["action"] is None:  # chosen before the updates; a run may be stopped among these
             action, now["carry"] = agent.act(step, now["carry"], explore=True)
             warm = now["step"] >= args.warmup_steps  # before, only the carry counts
             now["action"] = action.cpu() if warm else random_action()
@@ -1394,8 +1397,7 @@ def train(args, run_dir, interrupt, payload=None):
                 tqdm.write(f"on this CPU the updates alone take at least {left}; see --smoke")
             if agent.updates % 1000 == 0 and agent.updates < wanted:  # a long burst
                 log({})
-                with survive("checkpoint"):
-                    save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
+                save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
         if interrupt.signal:
             break
 
@@ -1414,7 +1416,7 @@ def train(args, run_dir, interrupt, payload=None):
             now["eval_return"] = row["eval/return"] = returns.mean().item()
             row["eval/return_std"] = returns.std().item()
             tqdm.write(f"{frames:,} frames: evaluation {returns.mean():.1f} +- {returns.std():.1f}")
-            state = rng_state()
+            state = rng_state()  # some images take random numbers
             logger.show(frames, agent.images(buffer, np.random.default_rng(0)), video, env.fps)
             set_rng_state(state)
         if row:
@@ -1426,11 +1428,9 @@ def train(args, run_dir, interrupt, payload=None):
             unsaved = frames - now["saved"]
             if unsaved >= args.checkpoint_every_frames and now["step"] < total_steps:
                 now["saved"] = frames
-                with survive("checkpoint"):
-                    save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
+                save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
     now["wall_s"] = time.monotonic() - clock
-    with survive("checkpoint"):
-        save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
+    save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
     logger.bar.close()
     logger.tensorboard(SummaryWriter.close)
     env.close()
@@ -1454,7 +1454,8 @@ def play(args):
     payload, path = read_checkpoint(args.evaluate, "evaluate", args.device), Path(args.evaluate)
     chosen = {k: v for k, v in vars(args).items() if k in FREE_ON_RESUME}
     args = dataclasses.replace(make_args(payload["args"]), **chosen)
-    env = make_env(args, 0, video_size=256)
+    with require_renderer():
+        env = make_env(args, 0, video_size=256)
     agent = Agent(args, env.spec)
     agent.load_state_dict(payload["agent"])
     policy = functools.partial(agent.act, explore=False)
@@ -1498,8 +1499,8 @@ def main(args):
     payload, run_dir = None, Path(args.resume)
     if not args.resume:
         stamp = time.strftime("%Y%m%d-%H%M%S-") + str(os.getpid())
-        names = args.env_id, Path(__file__).stem, str(args.seed), stamp
-        run_dir = Path(args.runs_dir, "__".join(names))
+        name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{stamp}"
+        run_dir = Path(args.runs_dir, name)
         try:
             run_dir.mkdir(parents=True)
             (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
@@ -1522,7 +1523,7 @@ def main(args):
           f"{row_bytes:,} bytes, {size / 2**30:.2f} GiB of {free / 2**30:.1f} free", flush=True)
     interrupt = Interrupt()
     numbers = train(args, run_dir, interrupt, payload)
-    if numbers["frames"] + args.action_repeat <= args.total_frames:
+    if numbers["frames"] + args.action_repeat <= args.total_frames:  # a step was left
         print(f"stopped; to go on: python {Path(__file__).name} --resume {run_dir}")
         sys.exit(128 + interrupt.signal)
     print("summary " + json.dumps(numbers | {"run_dir": str(run_dir)}))

@@ -11,14 +11,17 @@ Rakelly et al. 2019, Efficient Off-Policy Meta-Reinforcement Learning via Probab
 Variables, https://arxiv.org/abs/1903.08254; their code: https://github.com/katerakelly/oyster
 From pixels: designs 1 to 3 of Marshall & Khasar (cnn-test, cnn, cnn-rl), and two without states.
 
-    context {(x, a, r)} --> MLP --> one Gaussian each --> their product q(z | c) --> z
+    context {(x, a, r[, next x])} --> MLP --> a Gaussian each --> their product q(z | c) --> z
                             J(Q) and the KL to N(0, I) train it
     x, a, z --> Q1, Q2       x, z -/-> V, actor       -/->: no gradient into z, nor into the CNN
     images --> CNN --> x     trained as --obs-mode says
 
-    state     x is the true state              cnn     x is a CNN's estimate of it, by regression
-    cnn-test  the same; the CNN's in tests     cnn-rl  the same, and rl_weight of J(Q)'s gradient
-    critic    x is features, trained by J(Q)   ae      the same, and by a reconstruction
+    state     x is the true state, standardised
+    cnn       x is a CNN's estimate of it, by regression
+    cnn-rl    as cnn, and rl_weight times J(Q)'s gradient reaches the CNN
+    cnn-test  x is the state in training, the CNN's estimate of it in tests
+    critic    x is features that J(Q) trains
+    ae        as critic, and a reconstruction trains them too
 
     python pearl_pixels.py --smoke                  # a visible result in minutes on a laptop
     python pearl_pixels.py --env-id cheetah-vel     # 20 target velocities to train on, 10 to test
@@ -29,7 +32,8 @@ C H W image, S state, X what the agent sees of it (x), L task variable (z), A ac
 Units: frame = step = one decision, as families set the control step; trajectory = so many
 steps of one task, --trajectory-steps; visit = a task's trajectories in an iteration; update =
 one gradient update on T tasks.
-Tags in brackets, as [PEARL J(Q)], name the formula of a line, D1 a difference below.
+Tags in brackets, as [PEARL J(Q)], name the formula of a line, D1 a difference below; M&K is
+Marshall & Khasar, SAC https://arxiv.org/abs/1812.05905, SAC+AE https://arxiv.org/abs/1910.01741.
 
 Differences from the paper and the authors' code
 D1  z is drawn once per update; theirs draws twice and uses the second. The same distribution.
@@ -40,7 +44,6 @@ D4  Evaluation has a seed and random numbers of its own, and reports every numbe
 D5  dm_control's bodies are not Gym's: returns cannot be compared with the paper's.
 D6  The designs from pixels were published as slides without code: what they leave open is ours.
 D7  V and actor learn from the x of before the CNN's step; no gradient reaches it from the context.
-    random_return is the untrained policy's, as the initial trajectories are.
 D8  Hidden layers start as PyTorch's do, theirs as rlkit's, whose bound goes by the fan out.
 """
 
@@ -76,7 +79,12 @@ if sys.platform == "linux":
 
 # ---- Args --------------------------------------------------------------------------------------
 
-ACTION_REPEAT = {}  # families set the length of a step
+HORIZON = {  # families of tasks, and the steps of their trajectories
+    "cheetah-vel": 200, "cheetah-dir": 200, "walker-vel": 200, "cartpole-goal": 200,
+    "reacher-goal": 100, "point-goal": 20, "pendulum-goal2": 25, "pendulum-goal": 25,
+    "pendulum-gear": 200, "pendulum-gravity": 200, "pendulum-mass": 200,
+}  # fmt: skip
+ACTION_REPEAT = dict.fromkeys(HORIZON, 1)  # families set the length of a step
 SMOKE = {
     "env_id": "pendulum-goal2", "obs_mode": "critic", "image_size": 32, "render": "fast",
     "total_frames": 44_200, "initial_steps": 100, "tasks_per_iteration": 2, "prior_steps": 50,
@@ -94,20 +102,20 @@ class Args:
     env_id: str = "cheetah-vel"  # <domain>-<task> of the dm_control suite (here, a family of tasks)
     seed: int = 1  # of environment, networks and sampling; evaluation has its own
     total_frames: int = 520_000  # length of the run [frames]
-    action_repeat: int = 1  # frames per step; 0: the published value for the task
+    action_repeat: int = 1  # frames per step; 0: the published value for the task (1: see units)
     image_size: int = 64  # side of the square image [pixels]
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there, else mps, else cpu
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of matrix products and convs in updates
-    cuda_graph: bool = False  # launch an update, or an action, at once (needs --device cuda)
-    replay_capacity: int = 1_000_000  # rows, one per step and episode start, or the run's if less
+    cuda_graph: bool = False  # launch an update, or an action, as one CUDA graph
+    replay_capacity: int = 1_000_000  # rows, one per step and episode start; the run's if fewer
     batch_size: int = 64  # samples per update (transitions, of each task; code 256)
     eval_every_frames: int = 20_000  # distance between evaluations [frames]
     eval_episodes: int = 2  # episodes per evaluation (of each task, for each number of contexts)
     checkpoint_every_frames: int = 1000  # at the first episode end after so many [frames]
     runs_dir: str = "runs"  # where the run's folder is made
     resume: str = ""  # run folder to go on with; its arguments become the defaults
-    evaluate: str = ""  # run folder or checkpoint to play and film instead of training
+    evaluate: str = ""  # run folder or checkpoint to play and film, with its own arguments
     smoke: bool = False  # small images and networks that learn visibly in minutes on two CPU cores
     track: bool = False  # log to Weights & Biases too, if it is installed
     video: bool = True  # film the first episode of every evaluation
@@ -117,13 +125,13 @@ class Args:
     oracle: bool = False  # z is the task's parameter: nothing is inferred
     train_tasks: int = 20  # tasks to train on, where there are infinitely many (paper 100)
     test_tasks: int = 10  # tasks to test on, where there are infinitely many (paper 30)
-    task_seed: int = 1337  # of the tasks' parameters
+    task_seed: int = 1337  # of the tasks' parameters, of which the first are to train on
     trajectory_steps: int = 0  # steps per trajectory (0: the family's)
     initial_steps: int = 1000  # per training task, by the untrained policy (code 2000)
     tasks_per_iteration: int = 5  # training tasks visited per iteration (code 5)
     prior_steps: int = 400  # of a visit, z from the prior, for Qs and context (code 400)
-    posterior_steps: int = 0  # of a visit, z from the posterior, for Qs and context (code 0)
-    extra_steps: int = 600  # of a visit, z from the posterior, not for the context (code 600)
+    posterior_steps: int = 0  # then z from the posterior but at first, for both (code 0)
+    extra_steps: int = 600  # then z from the posterior but at first, for Qs alone (code 600)
     updates_per_iteration: int = 1000  # gradient updates per iteration (code 2000)
     meta_batch: int = 16  # tasks per update (code 16)
     context_size: int = 100  # transitions of context per task and update (code 100)
@@ -142,7 +150,7 @@ class Args:
     conv_strides: tuple[int, ...] = (2, 2, 2, 2)  # one 3x3 conv layer each
     feature_dim: int = 50  # size of what the encoder makes of an image
     cnn_lr: float = 3e-4  # Adam step of CNN and decoder
-    cnn_pretrain_updates: int = 1000  # regressions on the initial trajectories, if x is the state
+    cnn_pretrain_updates: int = 1000  # regressions of a cnn mode on the initial trajectories
     rl_weight: float = 0.1  # of J(Q)'s gradient in the CNN with --obs-mode cnn-rl
     encoder_tau: float = 0.05  # part of the way that the target encoder goes
     latent_weight: float = 1e-6  # of the penalty |z|^2 / 2 (of x, with --obs-mode ae)
@@ -157,11 +165,6 @@ AT_MOST = {"conv_strides": 10, "encoder_tau": 1, "gamma": 1, "image_size": 4096,
 FREE_ON_RESUME = {"checkpoint_every_frames", "cuda_graph", "device", "eval_episodes",
                   "eval_every_frames", "precision", "replay_capacity", "resume", "runs_dir",
                   "smoke", "total_frames", "track", "video"}  # fmt: skip
-HORIZON = {  # families of tasks, and the steps of their trajectories
-    "cheetah-vel": 200, "cheetah-dir": 200, "walker-vel": 200, "cartpole-goal": 200,
-    "reacher-goal": 100, "point-goal": 20, "pendulum-goal2": 25, "pendulum-goal": 25,
-    "pendulum-gear": 200, "pendulum-gravity": 200, "pendulum-mass": 200,
-}  # fmt: skip
 DYNAMICS = {"pendulum-gear", "pendulum-gravity", "pendulum-mass"}  # families that differ in them
 
 
@@ -179,21 +182,20 @@ def make_args(values):
 
 def parse_args():
     """Args from the command line, over the defaults of a smoke run or of the run to resume."""
-    args = tyro.cli(Args, description=__doc__.splitlines()[0])
+    default = Args(**SMOKE) if "--smoke" in sys.argv else Args()
+    args = tyro.cli(Args, default=default, description=__doc__.splitlines()[0])
     if args.resume:
         try:
             was = make_args(json.loads(Path(args.resume, "args.json").read_text()))
-        except (OSError, ValueError, TypeError) as e:
+        except (OSError, ValueError, TypeError, AttributeError) as e:
             refuse("resume", f"{args.resume} is not a run folder of this script ({e})")
         args = tyro.cli(Args, default=was)
-    elif args.smoke:
-        args = tyro.cli(Args, default=Args(**SMOKE))
     check_args(args)
     return args
 
 
 def check_args(args):
-    """Refuses what cannot work, before anything heavy is imported or written."""
+    """Refuses what cannot work, before PyTorch is imported or anything written."""
     for name, value in vars(args).items():
         for number in value if isinstance(value, tuple) else [value]:
             if isinstance(number, (int, float)) and not isinstance(number, bool):
@@ -294,7 +296,7 @@ from dm_control import suite
 from dm_control.mujoco.engine import Camera
 from dm_control.rl import control
 from dm_control.utils import rewards
-from filelock import FileLock, Timeout
+from filelock import FileLock, Timeout  # comes with torch
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -308,7 +310,7 @@ class MetaTask:
 
     def __init__(self, task, env_id):
         self.task, self.family = task, FAMILIES[env_id]
-        self.theta = split(Args(env_id=env_id))[0][0]
+        self.theta = split(Args(env_id=env_id))[0][0]  # until collect() or evaluate() sets another
 
     def __getattr__(self, name):
         return getattr(self.task, name)  # everything else is the suite's
@@ -317,7 +319,7 @@ class MetaTask:
         """The suite's start, then theta's changes to the model."""
         self.task.initialize_episode(physics)
         if "rootx" in physics.named.data.qpos.axes.row.names:
-            physics.named.model.geom_pos[0, "x"] = 0.0  # or it would end two metres back
+            physics.named.model.geom_pos[0, "x"] = 0.0  # the floor, or it ends two metres back
         self.family.apply(physics, self.theta)
         physics.forward()
 
@@ -351,7 +353,7 @@ class Family(NamedTuple):
 
     base: str  # task of the suite that it is made of
     dt: float  # length of a step [s]
-    thetas: object  # function of a random generator; or all of them, for training and test
+    thetas: object  # function of a RandomState that draws one; or a tuple of all there are
     reward: object  # function of MetaTask and physics
     apply: object = lambda physics, theta: None  # changes the model at an episode's start
 
@@ -392,7 +394,8 @@ def set_mass(physics, theta):
 
 
 def tame_pendulum(physics, theta):
-    """A constant torque turns the pole to an angle and holds it, up to 1.2 rad from hanging."""
+    """A constant torque turns the pole to an angle and holds it, up to 1.2 rad from hanging; a
+    target beyond that can only be approached."""
     physics.model.actuator_gear[0, 0], physics.model.dof_damping[0] = 4.5, 1.0
 
 
@@ -468,7 +471,7 @@ def load_task(env_id, random):
     family = FAMILIES[env_id]
     env = suite.load(*family.base.split("-", 1), {"random": random})
     return control.Environment(env.physics, MetaTask(env.task, env_id), control_timestep=family.dt,
-                               time_limit=(HORIZON[env_id] - 0.5) * family.dt)
+                               time_limit=(HORIZON[env_id] - 0.5) * family.dt)  # 0.5: rounding
 
 
 class PixelEnv:
@@ -485,7 +488,7 @@ class PixelEnv:
         self.camera_id = 2 if env_id.startswith("quadruped") else 0
         self.cameras, self.flags = {}, {}
         action_spec = self.env.action_spec()
-        bounds = action_spec.minimum, action_spec.maximum
+        bounds = action_spec.minimum, action_spec.maximum  # infinite ones (lqr) become -1, 1
         self.low, self.high = (np.where(np.abs(b) > 1e6, np.sign(b), b) for b in bounds)
         vis = self.env.physics.model.vis
         vis.global_.offwidth = vis.global_.offheight = max(image_size, video_size)
@@ -496,7 +499,7 @@ class PixelEnv:
         first = self.reset()
         self.spec = EnvSpec(first.obs.shape, dtype, len(self.low), len(first.state))
         self.fps = max(1, round(1 / (self.env.control_timestep() * action_repeat)))  # of a video
-        self.random.seed(seed)  # that reset does not count
+        self.random.seed(seed)  # as if the reset above, for the shapes, had not been
 
     def reset(self):
         """First Step of a new episode."""
@@ -595,14 +598,15 @@ class ReplayBuffer:
             column[slot] = upload(getattr(step, name), self.device)
         self.row += 1
 
-    def draw(self, rng, count, first, length, together):
-        """First rows (count,) of windows of `length` rows, none before `first`, whose last
-        `together` rows are of one episode; uniform, with replacement. Raises if there is none."""
+    def draw(self, rng, count, oldest, length, together):
+        """First rows (count,) of windows of `length` rows, none before `oldest`, whose last
+        `together` rows are of one episode; uniform, with replacement. Raises if there are hardly
+        any."""
         rows = np.empty(0, np.int64)
         for _ in range(1000):
-            new = rng.integers(first, self.row - length + 1, count)
-            episode = self.start[(new + length - 1) % self.capacity]  # of the last row
-            rows = np.append(rows, new[episode <= new + length - together])
+            new = rng.integers(oldest, self.row - length + 1, count)
+            starts = self.start[(new + length - 1) % self.capacity]  # of the last rows' episodes
+            rows = np.append(rows, new[starts <= new + length - together])
             if len(rows) >= count:
                 return rows[:count]
         raise ValueError(f"the replay buffer holds hardly any episode of {together} rows")
@@ -617,10 +621,11 @@ class ReplayBuffer:
 
         Before an episode's first image, a stack repeats it.
         """
-        oldest = self.row - self.capacity
-        rows = self.draw(rng, batch_size, oldest + stack - 1 if oldest > 0 else 0, 2, 2)
-        episode = self.start[rows % self.capacity]
-        window = np.maximum(rows[:, None] + np.arange(1 - stack, 2), episode[:, None])
+        oldest = self.row - self.capacity  # a stack must not reach before it
+        oldest = oldest + stack - 1 if oldest > 0 else 0
+        rows = self.draw(rng, batch_size, oldest, length=2, together=2)
+        starts = self.start[rows % self.capacity]
+        window = np.maximum(rows[:, None] + np.arange(1 - stack, 2), starts[:, None])
         obs = self.gather("obs", window)  # (B, stack + 1, C, H, W)
         batch = {key: self.gather(key, rows + 1) for key in ("action", "reward", "discount")}
         return {"obs": obs[:, :-1].flatten(1, 2), "next_obs": obs[:, 1:].flatten(1, 2), **batch}
@@ -689,12 +694,13 @@ class TaskBuffer(ReplayBuffer):
         self.thetas = torch.stack([as_z(theta, latent_dim) for theta in thetas])
 
     def pick(self, starts, rng, count):
-        """Rows (count,) at which transitions of trajectories begin, with replacement."""
+        """Rows (count,) at which transitions of trajectories begin, with replacement. Trajectories
+        have `horizon` steps, none fewer."""
         i = rng.integers(0, len(starts) * self.horizon, count)
         return np.array(starts)[i // self.horizon] + i % self.horizon
 
     def at(self, rows, stack):
-        """The transitions that begin at rows (T, N): {name: (T, N, ...)}."""
+        """The transitions that begin at rows (T, N), which are slots: {name: (T, N, ...)}."""
         window = np.maximum(rows[..., None] + np.arange(1 - stack, 2), self.start[rows][..., None])
         obs = self.gather("obs", window)  # (T, N, stack + 1, C, H, W)
         out = {key: self.gather(key, rows + 1) for key in ("action", "reward", "discount")}
@@ -760,7 +766,7 @@ def minimize(loss, *optimizers):
     for optimizer in optimizers:
         optimizer.zero_grad()
     parameters = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-    with torch.autocast(loss.device.type, enabled=False):  # autograd has forward's types
+    with torch.autocast(loss.device.type, enabled=False):  # backward keeps forward's types
         loss.backward(inputs=parameters)
     for optimizer in optimizers:
         optimizer.step()
@@ -776,28 +782,23 @@ def soft_update(net, target, tau):
 # ---- networks ----------------------------------------------------------------------------------
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Sequential):
     """Stacked images (N, K * C, H, W) in [0, 1] -> x (N, X): an estimate of the standardised state,
     or (bounded) features of no given meaning."""
 
     def __init__(self, obs_shape, x_dim, bounded, args):
-        super().__init__()
         sizes, layers, channels = conv_sizes(obs_shape[-1], args.conv_strides), [], obs_shape[0]
         for stride in args.conv_strides:
             layers += [nn.Conv2d(channels, args.filters, 3, stride), nn.ReLU()]
             channels = args.filters
         layers += [nn.Flatten(), Linear32(channels * sizes[-1] ** 2, x_dim)]
-        self.net = nn.Sequential(*layers, *([nn.LayerNorm(x_dim), nn.Tanh()] if bounded else []))
-
-    def forward(self, obs):
-        return self.net(obs)
+        super().__init__(*layers, *([nn.LayerNorm(x_dim), nn.Tanh()] if bounded else []))
 
 
-class Decoder(nn.Module):
-    """Features (B, D) -> image stack (B, K * C, H, W), centred at 0: the encoder backwards."""
+class Decoder(nn.Sequential):
+    """z (B, D) -> image stack (B, K * C, H, W), centred at 0: the encoder backwards."""
 
     def __init__(self, obs_shape, z_dim, args):
-        super().__init__()
         sizes, n = conv_sizes(obs_shape[-1], args.conv_strides), args.filters
         layers = [nn.Linear(z_dim, n * sizes[-1] ** 2), nn.ReLU()]
         layers += [nn.Unflatten(1, (n, sizes[-1], sizes[-1]))]
@@ -805,63 +806,54 @@ class Decoder(nn.Module):
             missing = sizes[i] - (sizes[i + 1] - 1) * stride - 3  # what the conv's stride cut off
             out = n if i else obs_shape[0]
             layers += [nn.ConvTranspose2d(n, out, 3, stride, output_padding=missing), nn.ReLU()]
-        self.net = nn.Sequential(*layers[:-1])
-
-    def forward(self, z):
-        return self.net(z)
+        super().__init__(*layers[:-1])
 
 
 # ---- Agent -------------------------------------------------------------------------------------
 
 
 class Agent(nn.Module):
-    """act, one method per loss (tensors in, a scalar out), and update, the algorithm."""
+    """act; a method per loss, whose gradients minimize() keeps apart; update, the algorithm."""
 
     def __init__(self, args, spec):
         super().__init__()
         self.args, self.updates, self.action_dim = args, 0, spec.action_dim
-        self.learns_x = args.obs_mode in ("ae", "critic")  # x is features, not the state
+        self.x_is_features = args.obs_mode in ("ae", "critic")  # x is features, not the state
         self.true_state = args.obs_mode == "cnn-test"  # in training; evaluate() chooses for itself
         A, L = spec.action_dim, args.latent_dim
-        x_dim = args.feature_dim if self.learns_x else spec.state_dim
+        x_dim = args.feature_dim if self.x_is_features else spec.state_dim
         net = functools.partial(mlp, hidden_dim=args.hidden_dim, layers=3)
         self.actor = net(x_dim + L, out_dim=2 * A, last=1e-3)
         self.q1, self.q2 = (net(x_dim + A + L, out_dim=1) for _ in range(2))
-        context_dim = (2 if args.next_obs_in_context else 1) * x_dim + A + 1
-        self.context_encoder = mlp(context_dim, args.context_dim, 3, 2 * L)
+        in_dim = (2 if args.next_obs_in_context else 1) * x_dim + A + 1
+        self.context_encoder = mlp(in_dim, args.context_dim, 3, 2 * L)
         self.register_buffer("state_mean", torch.zeros(spec.state_dim))
         self.register_buffer("state_std", torch.ones(spec.state_dim))
-        groups = {"critic": ["q1", "q2"], "actor": ["actor"], "context": ["context_encoder"]}
-        if args.critic == "v":
-            self.v = net(x_dim + L, out_dim=1)
-            self.target_v = copy.deepcopy(self.v)
-            groups["v"] = ["v"]
-        else:
-            self.target_q1, self.target_q2 = copy.deepcopy(self.q1), copy.deepcopy(self.q2)
-            self.log_alpha = nn.Parameter(torch.zeros(()))
+        self.v = net(x_dim + L, out_dim=1) if args.critic == "v" else None
         if args.obs_mode != "state":
             images = (args.frame_stack * spec.obs_shape[0], *spec.obs_shape[1:])
-            self.cnn = Encoder(images, x_dim, self.learns_x, args)
-            groups["cnn"] = ["cnn"]
-        if self.learns_x:
-            self.target_cnn = copy.deepcopy(self.cnn)
+            self.cnn = Encoder(images, x_dim, self.x_is_features, args)
         if args.obs_mode == "ae":
             self.decoder = Decoder(images, x_dim, args)
-            groups["decoder"] = ["decoder"]
         self.to(args.device, memory_format=torch.channels_last)
-        for name, module in self.named_children():
-            module.requires_grad_(not name.startswith("target_"))
 
-        # Who trains what: a loss moves the parameters of its own optimizers, nothing else.
+        # Who trains what: each network has an optimizer, and a loss moves those that it is given to
+        # minimize with, nothing else.
         self.optimizers = {}
-        for group, names in groups.items():
-            parameters = [p for name in names for p in self.get_submodule(name).parameters()]
-            lr = args.cnn_lr if group in ("cnn", "decoder") else args.lr
-            decay = args.decoder_weight_decay if group == "decoder" else 0.0
-            self.optimizers[group] = torch.optim.Adam(
-                parameters, lr, weight_decay=decay, fused=True)
-        if args.critic == "q":
+        for name, module in self.named_children():
+            lr = args.cnn_lr if name in ("cnn", "decoder") else args.lr
+            decay = args.decoder_weight_decay if name == "decoder" else 0.0
+            self.optimizers[name] = torch.optim.Adam(
+                module.parameters(), lr, weight_decay=decay, fused=True)
+        if self.v is None:
+            self.log_alpha = nn.Parameter(torch.zeros((), device=args.device))
             self.optimizers["alpha"] = torch.optim.Adam([self.log_alpha], args.lr, fused=True)
+        self.taus = dict.fromkeys(["q1", "q2"] if self.v is None else ["v"], args.tau)
+        if self.x_is_features:
+            self.taus["cnn"] = args.encoder_tau
+        for name in self.taus:  # the networks that have a target
+            target = copy.deepcopy(self.get_submodule(name)).requires_grad_(False)
+            self.add_module(f"target_{name}", target)
 
     def prior(self, theta):
         """Mean and variance (1, L) of z before any context; with --oracle, all there is to know."""
@@ -959,6 +951,7 @@ class Agent(nn.Module):
             xs = [self.see(context[key + "obs"].flatten(0, 1), context[key + "state"].flatten(0, 1),
                            self.true_state).unflatten(0, shape)
                   for key in ("", "next_")[: 1 + self.args.next_obs_in_context]]
+        # xs[-1] counts only with --next-obs-in-context
         return self.infer(xs[0], context["action"], context["reward"], xs[-1])
 
     def sample(self, buffer, rng):
@@ -981,9 +974,9 @@ class Agent(nn.Module):
         obs, next_obs, state, next_state, action, reward, discount = (
             batch["transitions"][key].flatten(0, 1) for key in (
                 "obs", "next_obs", "state", "next_state", "action", "reward", "discount"))
-        x, movers = self.see(obs, state, self.true_state), ["critic"]
+        x, movers = self.see(obs, state, self.true_state), ["q1", "q2"]
         with torch.no_grad():  # the target is a constant
-            next_x = self.see(next_obs, next_state, self.true_state, target=self.learns_x)
+            next_x = self.see(next_obs, next_state, self.true_state, target=self.x_is_features)
             target = self.target(reward, discount, next_x, z)
         extra, x_for_q, grads = 0.0, x, []
         if args.obs_mode.startswith("cnn"):
@@ -992,7 +985,7 @@ class Agent(nn.Module):
             weight = args.rl_weight if args.obs_mode == "cnn-rl" else 0.0
             x_for_q = x.detach() + weight * (x - x.detach())  # scales J(Q)'s gradient in the CNN
         if args.obs_mode == "cnn-rl":  # norms of the two gradients that meet in x
-            x_for_q.register_hook(grads.append)  # a hook that held metrics would keep the graph
+            x_for_q.register_hook(grads.append)  # one that held metrics would keep the graph alive
             metrics["stat/x_grad_cnn"] = 2 * (extra / x.numel()).sqrt()  # of a mean squared error
         if args.obs_mode == "ae":
             extra = metrics["loss/reconstruction"] = self.reconstruction_loss(x, obs)
@@ -1001,7 +994,7 @@ class Agent(nn.Module):
         if not args.oracle:
             metrics["loss/kl"] = self.kl_loss(mu, var)  # [PEARL alg. 1:17]
             extra = extra + args.kl_lambda * metrics["loss/kl"]
-            movers.append("context")
+            movers.append("context_encoder")
         if args.obs_mode != "state":
             movers.append("cnn")
         loss = metrics["loss/q"] + extra
@@ -1010,36 +1003,31 @@ class Agent(nn.Module):
             metrics["stat/x_grad_q"] = weight * grads[0].norm()
         x, z = x.detach(), z.detach()  # V and actor train neither the CNN nor the context encoder
         metrics |= self.update_policy(x, z)
-        if self.learns_x:
-            soft_update(self.cnn, self.target_cnn, args.encoder_tau)
+        for name, tau in self.taus.items():
+            soft_update(self.get_submodule(name), self.get_submodule(f"target_{name}"), tau)
         self.updates += 1
         metrics["stat/posterior_var"] = var.mean()
         return {name: value.detach() for name, value in metrics.items()}
 
     def update_policy(self, x, z):
-        """V or the temperature, the actor, and the targets, from x (M, X), z (M, L)."""
-        args, optimizers, metrics = self.args, self.optimizers, {}
+        """The actor, and V or the temperature, from x (M, X), z (M, L)."""
         mean, log_std = self.policy(x, z)
         action, log_prob = tanh_gaussian(mean, log_std)
         inputs = torch.cat([x, action, z], -1)
         q = torch.min(self.q1(inputs), self.q2(inputs))
-        metrics["loss/actor"] = self.actor_loss(q, log_prob, mean, log_std)  # [PEARL alg. 1:15]
-        if args.critic == "v":
-            metrics["loss/v"] = self.v_loss(x, z, q, log_prob)
-            minimize(metrics["loss/v"], optimizers["v"])
-            soft_update(self.v, self.target_v, args.tau)
+        losses = {"actor": self.actor_loss(q, log_prob, mean, log_std)}  # [PEARL alg. 1:15]
+        if self.args.critic == "v":
+            losses["v"] = self.v_loss(x, z, q, log_prob)
         else:
-            metrics["loss/alpha"] = self.alpha_loss(log_prob)
-            soft_update(self.q1, self.target_q1, args.tau)
-            soft_update(self.q2, self.target_q2, args.tau)
-        minimize(metrics["loss/actor"], optimizers["actor"])  # [PEARL alg. 1:20]
-        if args.critic == "q":
-            minimize(metrics["loss/alpha"], optimizers["alpha"])
+            losses["alpha"] = self.alpha_loss(log_prob)
+        for name, loss in losses.items():  # independent of each other
+            minimize(loss, self.optimizers[name])  # [PEARL alg. 1:20]
+        metrics = {f"loss/{name}": loss for name, loss in losses.items()}
         return metrics | {"stat/entropy": -log_prob.mean()}
 
     def prepare(self, buffer):
-        """After the initial trajectories: fixes the standardisation of states."""
-        if not self.learns_x:
+        """After the initial trajectories: fixes the standardisation of states, if x is one."""
+        if not self.x_is_features:
             state = buffer.columns["state"][: buffer.row]
             self.state_mean.copy_(state.mean(0))
             self.state_std.copy_(state.std(0).clamp(min=1e-3))
@@ -1098,6 +1086,7 @@ def play_trajectory(agent, env, carry, explore, film=None):
             check_finite({"the action": math.nan}, agent.updates)
         xs.append(carry["x"])
         steps.append(env.step(action))
+    # of the last step too: it is the next x of the last transition
     return steps, [*xs, agent.act(steps[-1], carry, explore=False)[1]["x"]]
 
 
@@ -1172,7 +1161,7 @@ def report(returns):
 
 @contextlib.contextmanager
 def survive(what):
-    """A full disk costs a warning, not the run."""
+    """A full disk costs a warning, not the run (PyTorch raises RuntimeError there)."""
     try:
         yield
     except (OSError, RuntimeError) as e:
@@ -1276,6 +1265,7 @@ def check_finite(metrics, updates):
                      "A new run with smaller learning rates may help")  # fmt: skip
 
 
+@survive("checkpoint")
 def save_checkpoint(run_dir, args, agent, buffer, env, rng, progress):
     """All that the rest of the run depends on; the checkpoint before stays as previous.pt."""
     total = sum(tensor.sum() for tensor in agent.state_dict().values())
@@ -1334,13 +1324,6 @@ def load_checkpoint(payload, run_dir, agent, buffer, env, rng):
 # ---- CUDA graphs (shared; a reader can skip them) ------------------------------------------------
 
 
-def autocast(args):
-    """What updates run in: with --precision bf16, convs and matrix products in bfloat16. Without a
-    cache of converted weights, as they change in the middle of an update."""
-    return torch.autocast(args.device.split(":")[0], torch.bfloat16, args.precision == "bf16",
-                          cache_enabled=False)  # fmt: skip
-
-
 class CudaGraph:
     """Takes the place of an agent's method: records what that launches on the GPU, and from then on
     launches it all at once, on inputs at fixed places.
@@ -1390,6 +1373,13 @@ class CudaGraph:
 
 
 # ---- train -------------------------------------------------------------------------------------
+
+
+def autocast(args):
+    """What updates run in: with --precision bf16, convs and matrix products in bfloat16. Without a
+    cache of converted weights, as they change in the middle of an update."""
+    return torch.autocast(args.device.split(":")[0], torch.bfloat16, args.precision == "bf16",
+                          cache_enabled=False)  # fmt: skip
 
 
 def make_env(args, seed, pixels=True, video_size=0):
@@ -1471,7 +1461,7 @@ def train(args, run_dir, interrupt, payload=None):
     rng, (train_thetas, test_thetas) = np.random.default_rng(args.seed), split(args)
     torch.manual_seed(args.seed)
     env, eval_env = make_env(args, args.seed), make_env(args, 0, video_size=256 * args.video)
-    agent, has_cnn = Agent(args, env.spec), args.obs_mode.startswith("cnn")
+    agent, regresses = Agent(args, env.spec), args.obs_mode.startswith("cnn")
     rows = replay_rows(args)
     buffer = TaskBuffer(rows, env.spec, args.device, args.trajectory_steps)  # [PEARL alg. 1:1]
     if payload:
@@ -1479,6 +1469,8 @@ def train(args, run_dir, interrupt, payload=None):
     else:
         initial = [(task, False, False, True) for task in range(len(train_thetas))
                    for _ in range(trajectories(args)[0])]  # fmt: skip
+        # frames at the last log (step) and checkpoint (saved); what is left of the iteration: jobs,
+        # the trajectories of visits(), and numbers of fits and updates; the buffer's lists
         now = {"step": 0, "iteration": 0, "jobs": initial, "fits": 0, "updates": 0, "returns": [],
                "metrics": {}, "rows": [], "wall_s": 0.0, "saved": 0, "random_return": None,
                "eval_return": None, "score": {}, "rl": [[] for _ in train_thetas],
@@ -1507,15 +1499,15 @@ def train(args, run_dir, interrupt, payload=None):
         if frames // every > now["step"] // every or frames >= args.total_frames:
             film, test = [] if args.video else None, (agent, eval_env, test_thetas)
             by_context, means, seen = evaluate(*test, False, film, interrupt)
-            shift = evaluate(*test, True, None, interrupt)[0] if has_cnn else None
+            shift = evaluate(*test, True, None, interrupt)[0] if regresses else None
             if interrupt.signal:
                 return False
             now["score"] = score(by_context)
             row |= report(by_context)
             images = agent.images(buffer, np.random.default_rng(0))
-            order = np.argsort([np.ravel(theta)[-1] for theta in test_thetas])
+            order = np.argsort([np.ravel(theta)[-1] for theta in test_thetas])  # reacher's: angle
             images["z"] = scatter(means[order])
-            if has_cnn:  # the distribution shift, as numbers and as a picture
+            if regresses:  # the distribution shift, as numbers and as a picture
                 row |= {k.replace("/", "/true_state_"): v for k, v in report(shift).items()}
                 x, state = seen[0], agent.standardise(seen[1].to(args.device)).cpu()
                 row["eval/cnn_error"] = F.mse_loss(x, state).item()
@@ -1545,14 +1537,14 @@ def train(args, run_dir, interrupt, payload=None):
             with autocast(args):
                 now["metrics"] |= agent.update(agent.sample(buffer, rng))
             now["updates"] -= 1
-        elif now["iteration"] and not finish():
-            break  # a signal came: the resumed run begins with this evaluation
         else:
+            if now["iteration"] and not finish():
+                break  # a signal came: the resumed run begins with this evaluation
             if now["iteration"] == 0:
                 now["random_return"] = float(np.mean(now["returns"]))
                 print(f"untrained policy: {now['random_return']:.1f} per trajectory", flush=True)
                 agent.prepare(buffer)
-                now["fits"] = args.cnn_pretrain_updates if has_cnn else 0
+                now["fits"] = args.cnn_pretrain_updates if regresses else 0
             now |= {"iteration": now["iteration"] + 1, "updates": args.updates_per_iteration,
                     "returns": [], "jobs": visits(args, rng, len(train_thetas))}  # fmt: skip
             save()
@@ -1642,8 +1634,8 @@ def main(args):
     payload, run_dir = None, Path(args.resume)
     if not args.resume:
         stamp = time.strftime("%Y%m%d-%H%M%S-") + str(os.getpid())
-        names = args.env_id, Path(__file__).stem, str(args.seed), stamp
-        run_dir = Path(args.runs_dir, "__".join(names))
+        name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{stamp}"
+        run_dir = Path(args.runs_dir, name)
         try:
             run_dir.mkdir(parents=True)
             (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
@@ -1666,7 +1658,7 @@ def main(args):
           f"{row_bytes:,} bytes, {size / 2**30:.2f} GiB of {free / 2**30:.1f} free", flush=True)
     interrupt = Interrupt()
     numbers = train(args, run_dir, interrupt, payload)
-    if numbers["frames"] + args.action_repeat <= args.total_frames:
+    if numbers["frames"] + args.action_repeat <= args.total_frames:  # a step was left
         print(f"stopped; to go on: python {Path(__file__).name} --resume {run_dir}")
         sys.exit(128 + interrupt.signal)
     print("summary " + json.dumps(numbers | {"run_dir": str(run_dir)}))

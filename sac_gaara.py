@@ -8,15 +8,17 @@
 """SAC+GAARA: SAC+AE plus an annealed contrastive loss between a centre and a random crop.
 
 Chen & Gong 2022, SAC+GAARA: Generate Augmented And Reconstructable latent states with Ae, report
-and code: https://github.com/Otsuts/SAC-GAARA; it builds on CURL (Laskin et al. 2020), and on
+and code: https://github.com/Otsuts/SAC-GAARA; it builds on CURL (Laskin et al. 2020,
+https://arxiv.org/abs/2004.04136) and on SAC+AE:
 
 Yarats et al. 2019, Improving Sample Efficiency in Model-Free Reinforcement Learning from Images,
 https://arxiv.org/abs/1910.01741; the authors' code: https://github.com/denisyarats/pytorch_sac_ae
 
                             +---> head --> z --+--> Q1, Q2      J(Q) trains convs, head, Q1, Q2
     obs --> convs --> h ----+                  +--> decoder     J(RAE) trains convs, head, decoder
-                            +-x-> actor's own head --> MLP      J(pi) trains it; x: no gradient
-    obs = centre crop --> convs --> head --> z_a --+
+                            +-x-> actor's own head --> MLP      J(pi) trains it, through Q(z, a)
+                                                                x: no gradient
+    obs = centre crop ------> z = z_a -------------+
                                                    +--> z_a W z_p   InfoNCE trains convs, head, W
     random crop --> target encoder -x-> z_p -------+                with a weight that is annealed
 
@@ -29,11 +31,12 @@ Units: frame = one control step of the task; step = one decision, held for actio
 update = one gradient update on one batch.
 Tags in brackets, as [GAARA (6)], name the formula of a line, D1 a difference below.
 
-Differences from the paper and the authors' code
+Differences from the paper and the authors' code: D1 to D6 SAC+AE's, the others the report's
 D1  The actor's optimizer does not hold the convs that it shares with the critic. Theirs does, but
-    their gradient in it is always zero: the same parameters come out.
+    their gradient in it is always zero: the same parameters come out. (--actor-trains-encoder: it
+    does.)
 D2  Actor and decoder read one pass of the convs over obs. Nothing that it depends on changes
-    between the two: the same losses come out.
+    between the two, but with --actor-trains-encoder: the same losses come out.
 D3  Bootstrapping follows dm_control's discount, which is 1 at a time limit. Theirs keeps a done
     flag and clears it there: the same targets wherever episodes only end by time.
 D4  Evaluation has an environment, a seed and random numbers of its own; theirs uses the training's.
@@ -41,13 +44,15 @@ D5  --freeze-encoder: the actor trains its own head on the frozen convs. In the 
     the authors' code that head stayed as initialised.
 D6  log alpha is float32, theirs float64.
 D7  Random crops of 84 in 100 start at 0 to 16; GAARA's and CURL's code leaves out 16.
-D8  The contrastive weight is a function of the update counter, not a running difference. With the
-    published Adam of its own it has no effect, as Adam divides it out again; it has one with
-    --anneal lr, and with --contrast-step joint at weights around 1e-3.
+D8  The contrastive weight is a function of the update counter, not a running difference. As
+    published it has no effect: the loss has an Adam of its own, which divides any factor out. It
+    has one with --anneal lr, and with --contrast-step joint at weights near 1e-3, where the two
+    gradients in the encoder are of one size.
 D9  The report's (2) and (9) lack the minus of a cross entropy, algorithm 1 encodes the positives
     online, and section 4.2 swaps query and key. Here as in (6) and in the code: anchor W target.
 D10 CURL's code takes two steps of two Adams on one contrastive gradient; here it is one.
-D11 The contrastive step is taken at every update; theirs waits for the decoder's.
+D11 The contrastive step of its own is taken at every update; theirs waits for the decoder's, which
+    is as often by default.
 """
 
 import contextlib
@@ -106,8 +111,8 @@ class Args:
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there, else mps, else cpu
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of matrix products and convs in updates
-    cuda_graph: bool = False  # launch an update, or an action, at once (needs --device cuda)
-    replay_capacity: int = 700_000  # rows, one per step and episode start, or the run's if less
+    cuda_graph: bool = False  # launch an update, or an action, as one CUDA graph
+    replay_capacity: int = 700_000  # rows, one per step and episode start; the run's if fewer
     warmup_steps: int = 1000  # uniformly random steps before the first update (paper 1000)
     pretrain_updates: int = 1000  # updates at the end of the warm-up (authors' code 1000)
     updates_per_step: float = 1.0  # updates per step from then on (paper 1)
@@ -117,7 +122,7 @@ class Args:
     checkpoint_every_frames: int = 100_000  # at the first episode end after so many [frames]
     runs_dir: str = "runs"  # where the run's folder is made
     resume: str = ""  # run folder to go on with; its arguments become the defaults
-    evaluate: str = ""  # run folder or checkpoint to play and film instead of training
+    evaluate: str = ""  # run folder or checkpoint to play and film, with its own arguments
     smoke: bool = False  # small images and networks that learn visibly in minutes on two CPU cores
     track: bool = False  # log to Weights & Biases too, if it is installed
     video: bool = True  # film the first episode of every evaluation
@@ -136,7 +141,7 @@ class Args:
     critic_lr: float = 1e-3  # Adam step of the critic (paper 1e-3)
     actor_lr: float = 1e-3  # Adam step on J(pi) (paper 1e-3)
     alpha_lr: float = 1e-4  # Adam step of log alpha (paper 1e-4)
-    encoder_lr: float = 1e-3  # Adam step of the encoder on losses other than J(Q) (paper 1e-3)
+    encoder_lr: float = 1e-3  # Adam step of the encoder on auxiliary losses (paper 1e-3)
     decoder_lr: float = 1e-3  # Adam step of the decoder (paper 1e-3)
     alpha_beta1: float = 0.5  # Adam's beta1 of log alpha (paper 0.5)
     init_temperature: float = 0.1  # first alpha (paper 0.1)
@@ -146,16 +151,16 @@ class Args:
     encoder_tau: float = 0.05  # part of the way that the target encoder goes (paper 0.05)
     latent_weight: float = 1e-6  # of the penalty |z|^2 / 2 (paper 1e-6)
     decoder_weight_decay: float = 1e-7  # L2 on the decoder, inside Adam (paper 1e-7)
-    kl_weight: float = 3.15e-5  # vae: beta / 31752, as the error is a mean over 63,504 pixels
+    kl_weight: float = 3.15e-5  # vae: beta / 31752, half the pixels that the error is a mean of
     crop_size: int = 84  # side of what the networks see of the image [pixels] (paper 84)
-    obs_crop: Literal["centre", "random"] = "centre"  # of next_obs and obs, which is the anchor
-    contrast: Literal["infonce", "discriminator", "none"] = "infonce"  # discriminator: the decoder
+    obs_crop: Literal["centre", "random"] = "centre"  # of obs (the anchor) and next_obs in training
+    contrast: Literal["infonce", "discriminator", "none"] = "infonce"  # discriminator: of decodings
     contrast_step: Literal["separate", "joint"] = "separate"  # joint: added to J(RAE), one step
     positive_encoder: Literal["target", "online"] = "target"  # what encodes the other crop
-    train_similarity: bool = True  # InfoNCE moves W; the report's first release: no
+    train_similarity: bool = True  # InfoNCE moves its matrix W; the first release of the code: no
     latent_tanh: bool = True  # z is squashed into (-1, 1); CURL: no
     contrast_weight: float = 1.0  # of the contrastive loss, or its rate, at first (paper 1)
-    contrast_floor: float = 0.5  # what the weight falls to, if it began above (paper 0.5)
+    contrast_floor: float = 0.5  # what the weight falls to; one that began below stays (paper 0.5)
     contrast_decay: float = 1e-6  # what the weight loses per update (paper 1e-6)
     anneal: Literal["loss", "lr"] = "loss"  # what the weight scales; paper: the loss, see D8
 
@@ -184,21 +189,20 @@ def make_args(values):
 
 def parse_args():
     """Args from the command line, over the defaults of a smoke run or of the run to resume."""
-    args = tyro.cli(Args, description=__doc__.splitlines()[0])
+    default = Args(**SMOKE) if "--smoke" in sys.argv else Args()
+    args = tyro.cli(Args, default=default, description=__doc__.splitlines()[0])
     if args.resume:
         try:
             was = make_args(json.loads(Path(args.resume, "args.json").read_text()))
-        except (OSError, ValueError, TypeError) as e:
+        except (OSError, ValueError, TypeError, AttributeError) as e:
             refuse("resume", f"{args.resume} is not a run folder of this script ({e})")
         args = tyro.cli(Args, default=was)
-    elif args.smoke:
-        args = tyro.cli(Args, default=Args(**SMOKE))
     check_args(args)
     return args
 
 
 def check_args(args):
-    """Refuses what cannot work, before anything heavy is imported or written."""
+    """Refuses what cannot work, before PyTorch is imported or anything written."""
     for name, value in vars(args).items():
         for number in value if isinstance(value, tuple) else [value]:
             if isinstance(number, (int, float)) and not isinstance(number, bool):
@@ -303,7 +307,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from dm_control import suite
 from dm_control.mujoco.engine import Camera
-from filelock import FileLock, Timeout
+from filelock import FileLock, Timeout  # comes with torch
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -348,7 +352,7 @@ class PixelEnv:
         self.camera_id = 2 if env_id.startswith("quadruped") else 0
         self.cameras, self.flags = {}, {}
         action_spec = self.env.action_spec()
-        bounds = action_spec.minimum, action_spec.maximum
+        bounds = action_spec.minimum, action_spec.maximum  # infinite ones (lqr) become -1, 1
         self.low, self.high = (np.where(np.abs(b) > 1e6, np.sign(b), b) for b in bounds)
         vis = self.env.physics.model.vis
         vis.global_.offwidth = vis.global_.offheight = max(image_size, video_size)
@@ -359,7 +363,7 @@ class PixelEnv:
         first = self.reset()
         self.spec = EnvSpec(first.obs.shape, dtype, len(self.low), len(first.state))
         self.fps = max(1, round(1 / (self.env.control_timestep() * action_repeat)))  # of a video
-        self.random.seed(seed)  # that reset does not count
+        self.random.seed(seed)  # as if the reset above, for the shapes, had not been
 
     def reset(self):
         """First Step of a new episode."""
@@ -458,14 +462,15 @@ class ReplayBuffer:
             column[slot] = upload(getattr(step, name), self.device)
         self.row += 1
 
-    def draw(self, rng, count, first, length, together):
-        """First rows (count,) of windows of `length` rows, none before `first`, whose last
-        `together` rows are of one episode; uniform, with replacement. Raises if there is none."""
+    def draw(self, rng, count, oldest, length, together):
+        """First rows (count,) of windows of `length` rows, none before `oldest`, whose last
+        `together` rows are of one episode; uniform, with replacement. Raises if there are hardly
+        any."""
         rows = np.empty(0, np.int64)
         for _ in range(1000):
-            new = rng.integers(first, self.row - length + 1, count)
-            episode = self.start[(new + length - 1) % self.capacity]  # of the last row
-            rows = np.append(rows, new[episode <= new + length - together])
+            new = rng.integers(oldest, self.row - length + 1, count)
+            starts = self.start[(new + length - 1) % self.capacity]  # of the last rows' episodes
+            rows = np.append(rows, new[starts <= new + length - together])
             if len(rows) >= count:
                 return rows[:count]
         raise ValueError(f"the replay buffer holds hardly any episode of {together} rows")
@@ -480,10 +485,11 @@ class ReplayBuffer:
 
         Before an episode's first image, a stack repeats it.
         """
-        oldest = self.row - self.capacity
-        rows = self.draw(rng, batch_size, oldest + stack - 1 if oldest > 0 else 0, 2, 2)
-        episode = self.start[rows % self.capacity]
-        window = np.maximum(rows[:, None] + np.arange(1 - stack, 2), episode[:, None])
+        oldest = self.row - self.capacity  # a stack must not reach before it
+        oldest = oldest + stack - 1 if oldest > 0 else 0
+        rows = self.draw(rng, batch_size, oldest, length=2, together=2)
+        starts = self.start[rows % self.capacity]
+        window = np.maximum(rows[:, None] + np.arange(1 - stack, 2), starts[:, None])
         obs = self.gather("obs", window)  # (B, stack + 1, C, H, W)
         batch = {key: self.gather(key, rows + 1) for key in ("action", "reward", "discount")}
         return {"obs": obs[:, :-1].flatten(1, 2), "next_obs": obs[:, 1:].flatten(1, 2), **batch}
@@ -577,11 +583,10 @@ def crop(images, size, rng=None):
     if images.ndim < 4:
         return images
     room = images.shape[-1] - size
+    windows = images.unfold(2, size, 1).unfold(3, size, 1)  # [:, :, top, left], without a copy
     if rng is None:
-        return images[..., room // 2 : room // 2 + size, room // 2 : room // 2 + size]
-    offsets = rng.integers(0, room + 1, (2, len(images)))  # D7
-    top, left = upload(offsets, str(images.device))
-    windows = images.unfold(2, size, 1).unfold(3, size, 1)  # all of them, without a copy
+        return windows[:, :, room // 2, room // 2]
+    top, left = upload(rng.integers(0, room + 1, (2, len(images))), str(images.device))  # D7
     return windows[torch.arange(len(images), device=images.device), :, top, left]
 
 
@@ -605,7 +610,7 @@ def minimize(loss, *optimizers):
     for optimizer in optimizers:
         optimizer.zero_grad()
     parameters = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-    with torch.autocast(loss.device.type, enabled=False):  # autograd has forward's types
+    with torch.autocast(loss.device.type, enabled=False):  # backward keeps forward's types
         loss.backward(inputs=parameters)
     for optimizer in optimizers:
         optimizer.step()
@@ -671,11 +676,10 @@ class Encoder(nn.Module):
         return self.head(self.convs(obs))
 
 
-class Decoder(nn.Module):
-    """Features (B, D) -> image stack (B, K * C, H, W), centred at 0: the encoder backwards."""
+class Decoder(nn.Sequential):
+    """z (B, D) -> image stack (B, K * C, H, W), centred at 0: the encoder backwards."""
 
     def __init__(self, obs_shape, z_dim, args):
-        super().__init__()
         sizes, n = conv_sizes(obs_shape[-1], args.conv_strides), args.filters
         layers = [nn.Linear(z_dim, n * sizes[-1] ** 2), nn.ReLU()]
         layers += [nn.Unflatten(1, (n, sizes[-1], sizes[-1]))]
@@ -683,10 +687,7 @@ class Decoder(nn.Module):
             missing = sizes[i] - (sizes[i + 1] - 1) * stride - 3  # what the conv's stride cut off
             out = n if i else obs_shape[0]
             layers += [nn.ConvTranspose2d(n, out, 3, stride, output_padding=missing), nn.ReLU()]
-        self.net = nn.Sequential(*layers[:-1])
-
-    def forward(self, z):
-        return self.net(z)
+        super().__init__(*layers[:-1])
 
 
 class Actor(nn.Module):
@@ -719,12 +720,12 @@ class Critic(nn.Module):
 
 
 class Agent(nn.Module):
-    """act, one method per loss (tensors in, a scalar out), and update, the algorithm."""
+    """act; a method per loss, whose gradients minimize() keeps apart; update, the algorithm."""
 
     def __init__(self, args, spec):
         super().__init__()
         self.args, self.updates, self.action_dim = args, 0, spec.action_dim
-        sides = [args.crop_size] * len(spec.obs_shape[1:])
+        sides = [args.crop_size] * len(spec.obs_shape[1:])  # a state has none
         obs_shape = (args.frame_stack * spec.obs_shape[0], *sides)
         autoencoder = args.reconstruction  # ae, vae or none
         self.encoder = Encoder(obs_shape, args, stochastic=autoencoder == "vae")
@@ -736,16 +737,15 @@ class Agent(nn.Module):
         self.apply(weight_init).to(args.device, memory_format=torch.channels_last)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        self.similarity, D = None, args.latent_dim
-        if args.contrast == "infonce":
-            self.similarity = nn.Parameter(torch.rand(D, D, device=args.device))  # W
+        infonce, D = args.contrast == "infonce", args.latent_dim
+        self.similarity = nn.Parameter(torch.rand(D, D, device=args.device)) if infonce else None
 
         # Who trains what: a loss moves the parameters of its own optimizers, nothing else (see
         # minimize). Each loss that trains the encoder has Adam moments of its own, as published.
         adam = functools.partial(torch.optim.Adam, fused=True)
         encoder, convs = [*self.encoder.parameters()], [*self.encoder.convs.parameters()]
         seen_by_critic = [] if args.freeze_encoder else encoder  # D5
-        W = [self.similarity] if args.contrast == "infonce" and args.train_similarity else []
+        W = [self.similarity] if infonce and args.train_similarity else []
         joint = args.contrast_step == "joint"
         self.moved_by_actor = convs if args.actor_trains_encoder else []  # D1
         self.optimizers = {
@@ -813,7 +813,7 @@ class Agent(nn.Module):
         online = self.args.positive_encoder == "online"
         encoder = self.encoder if online else self.target_encoder  # D9; the target has no gradient
         z_a, z_p = self.encoder.head(h), encoder(preprocess(positive))  # (B, D)
-        if self.similarity is None:
+        if self.args.contrast == "discriminator":
             return F.mse_loss(self.decoder(z_a), self.decoder(z_p))  # [GAARA (11)]
         with torch.autocast(h.device.type, enabled=False):  # as Linear32
             logits = z_a @ self.similarity @ z_p.T  # (B, B)  [GAARA (6)]
@@ -834,15 +834,15 @@ class Agent(nn.Module):
         return tuple(since <= 0 or since % n == 0 for n in every)
 
     def sample(self, buffer, rng):
-        """The batch that update() takes: crops of obs, of next_obs, another of obs, the weight."""
+        """The batch that update() takes: transitions with obs and next_obs cropped; for contrast,
+        another crop of obs and the weight."""
         batch = buffer.transitions(rng, self.args.batch_size, self.args.frame_stack)
         size, obs_rng = self.args.crop_size, rng if self.args.obs_crop == "random" else None
         if self.args.contrast != "none":
             batch["positive"] = crop(batch["obs"], size, rng)
             # as a tensor: a CUDA graph would freeze a Python number
             batch["weight"] = upload(self.annealed_weight(), self.args.device)
-        cropped = {key: crop(batch[key], size, obs_rng) for key in ("obs", "next_obs")}
-        return {**batch, **cropped}
+        return batch | {key: crop(batch[key], size, obs_rng) for key in ("obs", "next_obs")}
 
     def update(self, batch):
         """One update from a batch of sample(); metrics as 0-d tensors."""
@@ -949,7 +949,7 @@ def evaluate(act, env, seed, episodes, video_size=0):
 
 @contextlib.contextmanager
 def survive(what):
-    """A full disk costs a warning, not the run."""
+    """A full disk costs a warning, not the run (PyTorch raises RuntimeError there)."""
     try:
         yield
     except (OSError, RuntimeError) as e:
@@ -1053,6 +1053,7 @@ def check_finite(metrics, updates):
                      "A new run with smaller learning rates may help")  # fmt: skip
 
 
+@survive("checkpoint")
 def save_checkpoint(run_dir, args, agent, buffer, env, rng, progress):
     """All that the rest of the run depends on; the checkpoint before stays as previous.pt."""
     total = sum(tensor.sum() for tensor in agent.state_dict().values())
@@ -1111,13 +1112,6 @@ def load_checkpoint(payload, run_dir, agent, buffer, env, rng):
 # ---- CUDA graphs (shared; a reader can skip them) ------------------------------------------------
 
 
-def autocast(args):
-    """What updates run in: with --precision bf16, convs and matrix products in bfloat16. Without a
-    cache of converted weights, as they change in the middle of an update."""
-    return torch.autocast(args.device.split(":")[0], torch.bfloat16, args.precision == "bf16",
-                          cache_enabled=False)  # fmt: skip
-
-
 class CudaGraph:
     """Takes the place of an agent's method: records what that launches on the GPU, and from then on
     launches it all at once, on inputs at fixed places.
@@ -1169,6 +1163,13 @@ class CudaGraph:
 # ---- train (shared: the same text in every script) ----------------------------------------------
 
 
+def autocast(args):
+    """What updates run in: with --precision bf16, convs and matrix products in bfloat16. Without a
+    cache of converted weights, as they change in the middle of an update."""
+    return torch.autocast(args.device.split(":")[0], torch.bfloat16, args.precision == "bf16",
+                          cache_enabled=False)  # fmt: skip
+
+
 def make_env(args, seed, pixels=True, video_size=0):
     """The run's task; pixels=False does without images."""
     return PixelEnv(args.env_id, seed, args.action_repeat, args.image_size, args.render,
@@ -1176,13 +1177,13 @@ def make_env(args, seed, pixels=True, video_size=0):
 
 
 def replay_rows(args):
-    """Rows of the replay buffer: one per step and one per episode start, 1000 frames apart."""
+    """Rows of the replay buffer: one per step and one per episode start, of 1000 frames each."""
     rows = args.total_frames // args.action_repeat + args.total_frames // 1000 + 2
     return min(args.replay_capacity, rows)
 
 
 def updates_due(args, step):
-    """Updates that belong before this step is taken: the cadence, without memory."""
+    """How many updates there should have been when this step is taken."""
     since = step - args.warmup_steps
     return args.pretrain_updates + int(args.updates_per_step * since) if since >= 0 else 0
 
@@ -1212,7 +1213,7 @@ def train(args, run_dir, interrupt, payload=None):
     buffer = ReplayBuffer(replay_rows(args), env.spec, args.device)
     if args.cuda_graph:
         CudaGraph(agent, "update", agent.cadence)
-        CudaGraph(agent, "act", tuple)
+        CudaGraph(agent, "act", cadence=tuple)  # none: tuple() is ()
     total_steps = args.total_frames // args.action_repeat
     eval_steps = max(1, args.eval_every_frames // args.action_repeat)
 
@@ -1240,7 +1241,7 @@ def train(args, run_dir, interrupt, payload=None):
     logger = Logger(args, run_dir, now["step"] * args.action_repeat, now["rows"])
     clock, began = time.monotonic() - now["wall_s"], None
     while now["step"] < total_steps:
-        if now["action"] is None:
+        if now["action"] is None:  # chosen before the updates; a run may be stopped among these
             action, now["carry"] = agent.act(step, now["carry"], explore=True)
             warm = now["step"] >= args.warmup_steps  # before, only the carry counts
             now["action"] = action.cpu() if warm else random_action()
@@ -1256,8 +1257,7 @@ def train(args, run_dir, interrupt, payload=None):
                 tqdm.write(f"on this CPU the updates alone take at least {left}; see --smoke")
             if agent.updates % 1000 == 0 and agent.updates < wanted:  # a long burst
                 log({})
-                with survive("checkpoint"):
-                    save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
+                save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
         if interrupt.signal:
             break
 
@@ -1276,7 +1276,7 @@ def train(args, run_dir, interrupt, payload=None):
             now["eval_return"] = row["eval/return"] = returns.mean().item()
             row["eval/return_std"] = returns.std().item()
             tqdm.write(f"{frames:,} frames: evaluation {returns.mean():.1f} +- {returns.std():.1f}")
-            state = rng_state()
+            state = rng_state()  # some images take random numbers
             logger.show(frames, agent.images(buffer, np.random.default_rng(0)), video, env.fps)
             set_rng_state(state)
         if row:
@@ -1288,11 +1288,9 @@ def train(args, run_dir, interrupt, payload=None):
             unsaved = frames - now["saved"]
             if unsaved >= args.checkpoint_every_frames and now["step"] < total_steps:
                 now["saved"] = frames
-                with survive("checkpoint"):
-                    save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
+                save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
     now["wall_s"] = time.monotonic() - clock
-    with survive("checkpoint"):
-        save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
+    save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
     logger.bar.close()
     logger.tensorboard(SummaryWriter.close)
     env.close()
@@ -1316,7 +1314,8 @@ def play(args):
     payload, path = read_checkpoint(args.evaluate, "evaluate", args.device), Path(args.evaluate)
     chosen = {k: v for k, v in vars(args).items() if k in FREE_ON_RESUME}
     args = dataclasses.replace(make_args(payload["args"]), **chosen)
-    env = make_env(args, 0, video_size=256)
+    with require_renderer():
+        env = make_env(args, 0, video_size=256)
     agent = Agent(args, env.spec)
     agent.load_state_dict(payload["agent"])
     policy = functools.partial(agent.act, explore=False)
@@ -1360,8 +1359,8 @@ def main(args):
     payload, run_dir = None, Path(args.resume)
     if not args.resume:
         stamp = time.strftime("%Y%m%d-%H%M%S-") + str(os.getpid())
-        names = args.env_id, Path(__file__).stem, str(args.seed), stamp
-        run_dir = Path(args.runs_dir, "__".join(names))
+        name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{stamp}"
+        run_dir = Path(args.runs_dir, name)
         try:
             run_dir.mkdir(parents=True)
             (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
@@ -1384,7 +1383,7 @@ def main(args):
           f"{row_bytes:,} bytes, {size / 2**30:.2f} GiB of {free / 2**30:.1f} free", flush=True)
     interrupt = Interrupt()
     numbers = train(args, run_dir, interrupt, payload)
-    if numbers["frames"] + args.action_repeat <= args.total_frames:
+    if numbers["frames"] + args.action_repeat <= args.total_frames:  # a step was left
         print(f"stopped; to go on: python {Path(__file__).name} --resume {run_dir}")
         sys.exit(128 + interrupt.signal)
     print("summary " + json.dumps(numbers | {"run_dir": str(run_dir)}))

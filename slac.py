@@ -10,8 +10,8 @@
 Lee et al. 2020, Stochastic Latent Actor-Critic: Deep Reinforcement Learning with a Latent Variable
 Model, https://arxiv.org/abs/1907.00953; the authors' code: https://github.com/alexlee-gk/slac
 
-    images --> encoder --> f --+--> q(z1 | f, z2, a) --> z1 --> p(z2 | z1, z2, a) --> z2 --> ...
-                               |        z = z1, z2 --> decoder, reward        J(M) trains all that
+    images --> encoder --> f' -+--> q(z1' | f', z2, a) --> z1' --> p(z2' | z1', z2, a) --> z2'
+                               |    z = z1, z2 --> decoder, reward            J(M) trains all that
                                x
                                +--> f of 8 frames, 7 actions --> actor        J(pi) trains actor
                 z of the last two frames --x--> Q1, Q2        J(Q) trains Q1, Q2; x: no gradient
@@ -20,25 +20,26 @@ Model, https://arxiv.org/abs/1907.00953; the authors' code: https://github.com/a
     python slac.py --env-id cheetah-run     # the published hyperparameters
     python slac.py --evaluate RUN_DIR       # play a trained agent and film it
 
-Shapes: B batch, T time (9 frames), C H W image, F features, Z latent (z1 and z2), A action.
+Shapes: B batch, T time (9 images), N images, C H W image, F features, Z latent (z1 and z2), S what
+actor or critic sees, W windows of 8 images in a sequence (T - 8 + 1), A action.
 Units: frame = one control step of the task; step = one decision, held for action_repeat frames;
-update = one gradient update on one batch. A sequence has an image per
-step; in it action[t] led to frame t and reward[t] came with it, so that the paper's a_t is
-action[t + 1].
+update = one gradient update on one batch. Of sequences, which have an image per step, a frame is
+an image; action[t] led to frame t and reward[t] came with it: the paper's a_t is action[t + 1].
 Tags in brackets, as [SLAC J(Q)], name the formula of a line, D1 a difference below.
 
 Differences from the paper and the authors' code
 D1  The actor's loss is taken at the last frame but one, as in the authors' code; the paper's
     equation 10 has the last.
-D2  The model steps first, on 32 sequences of its own, then the critic, then the actor. The
-    authors' code takes all gradients at the old parameters, the model's on 32 of SAC's 256.
+D2  The model steps first, on 32 sequences of its own, then the critic, then the actor. In the
+    authors' code all gradients are those at the old parameters, and the model learns from 32 of the
+    256 sequences of actor and critic.
 D3  The temperature's loss uses the actor's sample of the action; theirs draws another.
 D4  Evaluation has an environment, a seed and random numbers of its own.
 D5  Convs pad evenly on both sides, TensorFlow's at the end: the same sizes.
 D6  The decoder's last layer is leaky too, as in the authors' code; the paper calls it linear.
 D7  A run begins with 10,000 frames of random actions and 50,000 updates of the model, as in the
     paper's experiments; the public code has 10,000 steps and 100,000 updates.
-D8  The actor is feed-forward, as in both public codes; the paper's submission describes a recurrent
+D8  The actor is feed-forward, as in the authors' code; the paper's submission describes a recurrent
     one for dm_control.
 """
 
@@ -100,8 +101,8 @@ class Args:
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there, else mps, else cpu
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of matrix products and convs in updates
-    cuda_graph: bool = False  # launch an update, or an action, at once (needs --device cuda)
-    replay_capacity: int = 100_000  # rows, one per step and episode start, or the run's if less
+    cuda_graph: bool = False  # launch an update, or an action, as one CUDA graph
+    replay_capacity: int = 100_000  # rows, one per step and episode start; the run's if fewer
     warmup_steps: int = 0  # uniformly random steps before the first update (0: 10,000 frames)
     pretrain_updates: int = 50_000  # updates at the end of the warm-up (paper 50,000: model only)
     updates_per_step: float = 1.0  # updates per step from then on (paper 1)
@@ -110,14 +111,14 @@ class Args:
     checkpoint_every_frames: int = 100_000  # at the first episode end after so many [frames]
     runs_dir: str = "runs"  # where the run's folder is made
     resume: str = ""  # run folder to go on with; its arguments become the defaults
-    evaluate: str = ""  # run folder or checkpoint to play and film instead of training
+    evaluate: str = ""  # run folder or checkpoint to play and film, with its own arguments
     smoke: bool = False  # small images and networks that learn visibly in minutes on two CPU cores
     track: bool = False  # log to Weights & Biases too, if it is installed
     video: bool = True  # film the first episode of every evaluation
     # this algorithm
-    z1: Literal["stochastic", "deterministic"] = "stochastic"  # is inferred from the image
+    z1: Literal["stochastic", "deterministic"] = "stochastic"  # inferred from the image, z2, action
     z2: Literal["stochastic", "deterministic", "recurrent", "none"] = "stochastic"  # the memory
-    temporal: bool = True  # p and q depend on the latent and action before; no: on nothing
+    temporal: bool = True  # latents depend on the latent and action before; no: each frame alone
     actor_input: Literal["history", "latent"] = "history"  # features and actions, or z
     critic_input: Literal["history", "latent"] = "latent"  # features and actions, or z
     model_batch_size: int = 32  # sequences per update of the model (paper 32)
@@ -161,21 +162,20 @@ def make_args(values):
 
 def parse_args():
     """Args from the command line, over the defaults of a smoke run or of the run to resume."""
-    args = tyro.cli(Args, description=__doc__.splitlines()[0])
+    default = Args(**SMOKE) if "--smoke" in sys.argv else Args()
+    args = tyro.cli(Args, default=default, description=__doc__.splitlines()[0])
     if args.resume:
         try:
             was = make_args(json.loads(Path(args.resume, "args.json").read_text()))
-        except (OSError, ValueError, TypeError) as e:
+        except (OSError, ValueError, TypeError, AttributeError) as e:
             refuse("resume", f"{args.resume} is not a run folder of this script ({e})")
         args = tyro.cli(Args, default=was)
-    elif args.smoke:
-        args = tyro.cli(Args, default=Args(**SMOKE))
     check_args(args)
     return args
 
 
 def check_args(args):
-    """Refuses what cannot work, before anything heavy is imported or written."""
+    """Refuses what cannot work, before PyTorch is imported or anything written."""
     for name, value in vars(args).items():
         for number in value if isinstance(value, tuple) else [value]:
             if isinstance(number, (int, float)) and not isinstance(number, bool):
@@ -263,7 +263,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from dm_control import suite
 from dm_control.mujoco.engine import Camera
-from filelock import FileLock, Timeout
+from filelock import FileLock, Timeout  # comes with torch
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -308,7 +308,7 @@ class PixelEnv:
         self.camera_id = 2 if env_id.startswith("quadruped") else 0
         self.cameras, self.flags = {}, {}
         action_spec = self.env.action_spec()
-        bounds = action_spec.minimum, action_spec.maximum
+        bounds = action_spec.minimum, action_spec.maximum  # infinite ones (lqr) become -1, 1
         self.low, self.high = (np.where(np.abs(b) > 1e6, np.sign(b), b) for b in bounds)
         vis = self.env.physics.model.vis
         vis.global_.offwidth = vis.global_.offheight = max(image_size, video_size)
@@ -319,7 +319,7 @@ class PixelEnv:
         first = self.reset()
         self.spec = EnvSpec(first.obs.shape, dtype, len(self.low), len(first.state))
         self.fps = max(1, round(1 / (self.env.control_timestep() * action_repeat)))  # of a video
-        self.random.seed(seed)  # that reset does not count
+        self.random.seed(seed)  # as if the reset above, for the shapes, had not been
 
     def reset(self):
         """First Step of a new episode."""
@@ -418,14 +418,15 @@ class ReplayBuffer:
             column[slot] = upload(getattr(step, name), self.device)
         self.row += 1
 
-    def draw(self, rng, count, first, length, together):
-        """First rows (count,) of windows of `length` rows, none before `first`, whose last
-        `together` rows are of one episode; uniform, with replacement. Raises if there is none."""
+    def draw(self, rng, count, oldest, length, together):
+        """First rows (count,) of windows of `length` rows, none before `oldest`, whose last
+        `together` rows are of one episode; uniform, with replacement. Raises if there are hardly
+        any."""
         rows = np.empty(0, np.int64)
         for _ in range(1000):
-            new = rng.integers(first, self.row - length + 1, count)
-            episode = self.start[(new + length - 1) % self.capacity]  # of the last row
-            rows = np.append(rows, new[episode <= new + length - together])
+            new = rng.integers(oldest, self.row - length + 1, count)
+            starts = self.start[(new + length - 1) % self.capacity]  # of the last rows' episodes
+            rows = np.append(rows, new[starts <= new + length - together])
             if len(rows) >= count:
                 return rows[:count]
         raise ValueError(f"the replay buffer holds hardly any episode of {together} rows")
@@ -440,10 +441,11 @@ class ReplayBuffer:
 
         Before an episode's first image, a stack repeats it.
         """
-        oldest = self.row - self.capacity
-        rows = self.draw(rng, batch_size, oldest + stack - 1 if oldest > 0 else 0, 2, 2)
-        episode = self.start[rows % self.capacity]
-        window = np.maximum(rows[:, None] + np.arange(1 - stack, 2), episode[:, None])
+        oldest = self.row - self.capacity  # a stack must not reach before it
+        oldest = oldest + stack - 1 if oldest > 0 else 0
+        rows = self.draw(rng, batch_size, oldest, length=2, together=2)
+        starts = self.start[rows % self.capacity]
+        window = np.maximum(rows[:, None] + np.arange(1 - stack, 2), starts[:, None])
         obs = self.gather("obs", window)  # (B, stack + 1, C, H, W)
         batch = {key: self.gather(key, rows + 1) for key in ("action", "reward", "discount")}
         return {"obs": obs[:, :-1].flatten(1, 2), "next_obs": obs[:, 1:].flatten(1, 2), **batch}
@@ -497,7 +499,7 @@ def free_memory(device):
 
 
 def weight_init(module):
-    """Xavier's uniform weights, zero biases."""
+    """Xavier's uniform weights, zero biases (a GRU keeps PyTorch's)."""
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)
@@ -546,7 +548,7 @@ def minimize(loss, *optimizers):
     for optimizer in optimizers:
         optimizer.zero_grad()
     parameters = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-    with torch.autocast(loss.device.type, enabled=False):  # autograd has forward's types
+    with torch.autocast(loss.device.type, enabled=False):  # backward keeps forward's types
         loss.backward(inputs=parameters)
     for optimizer in optimizers:
         optimizer.step()
@@ -562,11 +564,10 @@ def soft_update(net, target, tau):
 # ---- networks ----------------------------------------------------------------------------------
 
 
-class Encoder(nn.Module):
+class Encoder(nn.Sequential):
     """Images (N, C, H, W) in [0, 1] -> features f (N, F)."""
 
     def __init__(self, obs_shape, args):
-        super().__init__()
         layers, before = [], obs_shape[0]
         for i, after in enumerate(args.channels):
             kernel = 3 if i else 5
@@ -574,32 +575,25 @@ class Encoder(nn.Module):
             before = after
         side = obs_shape[-1] // 2 ** len(args.channels)  # what is left of the image
         layers += [nn.Conv2d(before, args.feature_dim, side), nn.LeakyReLU(0.2), nn.Flatten()]
-        self.net = nn.Sequential(*layers)
-
-    def forward(self, images):
-        return self.net(images)
+        super().__init__(*layers)
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Sequential):
     """Latent z (N, Z) -> means of the images (N, C, H, W): the encoder backwards."""
 
     def __init__(self, obs_shape, z_dim, args):
-        super().__init__()
         side, channels = obs_shape[-1] // 2 ** len(args.channels), [obs_shape[0], *args.channels]
         layers = [nn.Unflatten(1, (z_dim, 1, 1)), nn.ConvTranspose2d(z_dim, channels[-1], side)]
         for i in range(len(args.channels), 0, -1):
             kernel = 3 if i > 1 else 5
-            conv = nn.ConvTranspose2d(channels[i], channels[i - 1], kernel, 2, kernel // 2, 1)
-            layers += [nn.LeakyReLU(0.2), conv]
-        self.net = nn.Sequential(*layers, nn.LeakyReLU(0.2))  # D6
-
-    def forward(self, z):
-        return self.net(z)
+            layers += [nn.LeakyReLU(0.2), nn.ConvTranspose2d(
+                channels[i], channels[i - 1], kernel, 2, kernel // 2, output_padding=1)]
+        super().__init__(*layers, nn.LeakyReLU(0.2))  # D6
 
 
 class Gaussian(nn.Module):
-    """Inputs side by side -> mean and standard deviation (..., D) of a diagonal Gaussian; one that
-    is not stochastic has only a mean, and 1 for a standard deviation."""
+    """Inputs side by side -> mean and standard deviation (..., D) of a diagonal Gaussian. One that
+    is not stochastic has only a mean; its 1 is for the KL, and noise() has no noise for it."""
 
     def __init__(self, in_dim, out_dim, args, stochastic=True, floor=1e-5):
         super().__init__()
@@ -620,7 +614,8 @@ class LatentModel(nn.Module):
     """Latents z (B, Z), z1 and z2 side by side, of images and actions, and what follows from them.
 
     z2 given z1 is the same for prior and posterior, so that only z1 has a KL. What p and q of the
-    next z1 know of the past is the context: z2 and the action, or the recurrent state after both.
+    next z1 know of the past is the context: z2 (without it, z1) and the action, or the recurrent
+    state after both.
     """
 
     def __init__(self, obs_shape, action_dim, args):
@@ -633,17 +628,17 @@ class LatentModel(nn.Module):
         self.reward_head = Gaussian(
             2 * self.z_dim + action_dim, 1, args, floor=args.reward_std_floor)
         context = z2 if args.z2 == "recurrent" else (z2 or z1) + action_dim
-        random1, random2 = args.z1 == "stochastic", args.z2 == "stochastic"
-        self.q_first = Gaussian(args.feature_dim, z1, args, random1)  # q(z1 | f)
-        self.q_next = Gaussian(args.feature_dim + context, z1, args, random1)  # q(z1 | f, z2, a)
-        self.prior = Gaussian(context, z1, args, random1)  # p(z1 | z2, a)
+        noisy1, noisy2 = args.z1 == "stochastic", args.z2 == "stochastic"
+        self.q_first = Gaussian(args.feature_dim, z1, args, noisy1)  # q(z1 | f)
+        self.q_next = Gaussian(args.feature_dim + context, z1, args, noisy1)  # q(z1' | f', z2, a)
+        self.prior = Gaussian(context, z1, args, noisy1)  # p(z1' | z2, a)
         self.gru = nn.GRUCell(z1 + action_dim, z2) if args.z2 == "recurrent" else None
         self.z2_first = self.z2_next = None
         if args.z2 in ("stochastic", "deterministic"):
-            self.z2_first = Gaussian(z1, z2, args, random2)  # p(z2 | z1)
-            self.z2_next = Gaussian(z1 + context, z2, args, random2)  # p(z2 | z1, z2, a)
-        random = torch.tensor([random1] * z1 + [random2] * z2, dtype=torch.float32)
-        self.register_buffer("random", random, persistent=False)
+            self.z2_first = Gaussian(z1, z2, args, noisy2)  # p(z2 | z1)
+            self.z2_next = Gaussian(z1 + context, z2, args, noisy2)  # p(z2' | z1', z2, a)
+        noisy = torch.tensor([noisy1] * z1 + [noisy2] * z2, dtype=torch.float32)
+        self.register_buffer("noisy", noisy, persistent=False)
 
     def encode(self, obs):
         """Features (B, T, F) of uint8 images (B, T, C, H, W)."""
@@ -651,10 +646,10 @@ class LatentModel(nn.Module):
 
     def noise(self, *shape):
         """Normal noise (*shape, Z), zero where z is deterministic."""
-        return torch.randn(*shape, self.z_dim, device=self.random.device) * self.random
+        return torch.randn(*shape, self.z_dim, device=self.noisy.device) * self.noisy
 
     def context(self, z, action):
-        """Of the next latent, from z (B, Z) and the action in between (B, A)."""
+        """The context of the next latent, from z (B, Z) and the action in between (B, A)."""
         z1, z2 = z.split(self.z_dims, -1)
         if self.gru is not None:
             with torch.autocast(z.device.type, enabled=False):
@@ -675,12 +670,13 @@ class LatentModel(nn.Module):
     def filter(self, features, action, is_first, noise):
         """Posterior along sequences of features (B, T, F), actions (B, T, A), is_first (B, T) and
         noise (B, T, Z): z (B, T, Z), q and p of z1, each (mean, std), and where both started."""
+        # the first frame of a sequence counts as a start, also in mid-episode
         started = is_first | (torch.arange(is_first.shape[1], device=is_first.device) == 0)
         q = self.q_first(features)  # (B, T, z1)
         start = self.draw(q, None, noise)  # (B, T, Z), as if an episode started at every frame
         p = torch.zeros_like(q[0]), torch.ones_like(q[1])
         if not self.temporal:
-            return start, q, p, torch.ones_like(started)
+            return start, q, p, torch.ones_like(started)  # every frame is a start
         z, contexts, q_next = [start[:, 0]], [], []
         for t in range(1, features.shape[1]):
             contexts.append(self.context(z[-1], action[:, t]))
@@ -738,13 +734,13 @@ class Critic(nn.Module):
 
 
 class Agent(nn.Module):
-    """act, one method per loss (tensors in, a scalar out), and update, the algorithm."""
+    """act; a method per loss, whose gradients minimize() keeps apart; update, the algorithm."""
 
     def __init__(self, args, spec):
         super().__init__()
         self.args, self.updates, self.action_dim = args, 0, spec.action_dim
         self.model = LatentModel(spec.obs_shape, spec.action_dim, args)
-        n = args.actions  # a history is so many features and the actions between them
+        n = args.actions  # images in a window: those before the sequence's last action
         dims = {"history": n * args.feature_dim + (n - 1) * self.action_dim,
                 "latent": self.model.z_dim}
         self.actor = Actor(dims[args.actor_input], spec.action_dim, args)
@@ -761,10 +757,10 @@ class Agent(nn.Module):
         }
 
     def histories(self, features, action, is_first):
-        """(B, W, n * F + (n - 1) * A), one per window of n frames. What lies before an episode's
-        first frame is that frame again, without actions."""
+        """(B, W, n * F + (n - 1) * A): of each window n features and the actions between them. What
+        lies before an episode's first frame is that frame again, without actions."""
         t, n = torch.arange(is_first.shape[1], device=is_first.device), self.args.actions
-        start = (is_first * t).amax(1, keepdim=True)  # (B, 1), never the last, see sample()
+        start = (is_first * t).amax(1, keepdim=True)  # (B, 1); no window ends before, see sample()
         rows = torch.maximum(t, start)[..., None].expand(-1, -1, features.shape[-1])
         features, action = features.gather(1, rows), action * (t > start)[..., None]
         windows = [torch.cat([features[:, i : i + n].flatten(1),
@@ -773,7 +769,7 @@ class Agent(nn.Module):
         return torch.stack(windows, 1)
 
     def see(self, obs, action, is_first, kinds):
-        """{kind: (B, W, S)} of what actor and critic see at the ends of all windows of n frames."""
+        """{kind: (B, W, S)} of what actor and critic see at the end of every window."""
         features, n, seen = self.model.encode(obs), self.args.actions, {}
         if "history" in kinds:
             seen["history"] = self.histories(features, action, is_first)
@@ -856,29 +852,29 @@ class Agent(nn.Module):
         return (self.log_alpha * error).mean()  # [SLAC J(alpha)]
 
     def cadence(self):
-        """Whether this update moves actor and critic, which wait for the first burst to end; a
-        tuple, as CudaGraph expects."""
-        return (self.updates >= self.args.pretrain_updates,)
+        """Whether this update moves actor and critic, which wait for the first burst to end."""
+        return self.updates >= self.args.pretrain_updates
 
     def sample(self, buffer, rng):
         """The sequences that update() takes; actor and critic have some of their own."""
         args, length = self.args, self.args.actions + 1  # the last 2 rows are of one episode
         batch = {"model": buffer.sequences(rng, args.model_batch_size, length, 2)}
-        if self.cadence() == (True,):
+        if self.cadence():
             batch["sac"] = buffer.sequences(rng, args.sac_batch_size, length, 2)
         return batch
 
     def update(self, batch):
         """One update from a batch of sample(); metrics as 0-d tensors."""
         optimizers, args = self.optimizers, self.args
-        metrics, reward_std = self.model_losses(**batch["model"])
-        minimize(sum(metrics.values()), optimizers["model"])  # D2
-        metrics["stat/reward_std"] = reward_std
+        losses, reward_std = self.model_losses(**batch["model"])
+        minimize(sum(losses.values()), optimizers["model"])  # D2
+        metrics = losses | {"stat/reward_std": reward_std}
         if "sac" in batch:
             obs, action, reward, discount, is_first = (
                 batch["sac"][k] for k in ("obs", "action", "reward", "discount", "is_first"))
             with torch.no_grad():  # neither the critic nor the actor trains the model
                 seen = self.see(obs, action, is_first, {args.actor_input, args.critic_input})
+            # two windows: up to the last frame but one, and up to the last
             (by_actor, next_by_actor), (by_critic, next_by_critic) = (
                 seen[kind].unbind(1) for kind in (args.actor_input, args.critic_input))
             metrics["loss/critic"] = self.critic_loss(
@@ -903,7 +899,7 @@ class Agent(nn.Module):
         if buffer.row < length:
             return {}
         batch = buffer.sequences(rng, 64, length, 2)
-        whole = batch["is_first"][:, 1:].sum(1).argmin()[None]  # crosses no episode, if one can
+        whole = batch["is_first"][:, 1:].sum(1).argmin()[None]  # of 64, one without a start inside
         obs, action, is_first = (batch[k][whole] for k in ("obs", "action", "is_first"))
         noise = self.model.noise(1, length)
         z = self.model.filter(self.model.encode(obs), action, is_first, noise)[0]
@@ -965,7 +961,7 @@ def evaluate(act, env, seed, episodes, video_size=0):
 
 @contextlib.contextmanager
 def survive(what):
-    """A full disk costs a warning, not the run."""
+    """A full disk costs a warning, not the run (PyTorch raises RuntimeError there)."""
     try:
         yield
     except (OSError, RuntimeError) as e:
@@ -1069,6 +1065,7 @@ def check_finite(metrics, updates):
                      "A new run with smaller learning rates may help")  # fmt: skip
 
 
+@survive("checkpoint")
 def save_checkpoint(run_dir, args, agent, buffer, env, rng, progress):
     """All that the rest of the run depends on; the checkpoint before stays as previous.pt."""
     total = sum(tensor.sum() for tensor in agent.state_dict().values())
@@ -1127,13 +1124,6 @@ def load_checkpoint(payload, run_dir, agent, buffer, env, rng):
 # ---- CUDA graphs (shared; a reader can skip them) ------------------------------------------------
 
 
-def autocast(args):
-    """What updates run in: with --precision bf16, convs and matrix products in bfloat16. Without a
-    cache of converted weights, as they change in the middle of an update."""
-    return torch.autocast(args.device.split(":")[0], torch.bfloat16, args.precision == "bf16",
-                          cache_enabled=False)  # fmt: skip
-
-
 class CudaGraph:
     """Takes the place of an agent's method: records what that launches on the GPU, and from then on
     launches it all at once, on inputs at fixed places.
@@ -1185,6 +1175,13 @@ class CudaGraph:
 # ---- train (shared: the same text in every script) ----------------------------------------------
 
 
+def autocast(args):
+    """What updates run in: with --precision bf16, convs and matrix products in bfloat16. Without a
+    cache of converted weights, as they change in the middle of an update."""
+    return torch.autocast(args.device.split(":")[0], torch.bfloat16, args.precision == "bf16",
+                          cache_enabled=False)  # fmt: skip
+
+
 def make_env(args, seed, pixels=True, video_size=0):
     """The run's task; pixels=False does without images."""
     return PixelEnv(args.env_id, seed, args.action_repeat, args.image_size, args.render,
@@ -1192,13 +1189,13 @@ def make_env(args, seed, pixels=True, video_size=0):
 
 
 def replay_rows(args):
-    """Rows of the replay buffer: one per step and one per episode start, 1000 frames apart."""
+    """Rows of the replay buffer: one per step and one per episode start, of 1000 frames each."""
     rows = args.total_frames // args.action_repeat + args.total_frames // 1000 + 2
     return min(args.replay_capacity, rows)
 
 
 def updates_due(args, step):
-    """Updates that belong before this step is taken: the cadence, without memory."""
+    """How many updates there should have been when this step is taken."""
     since = step - args.warmup_steps
     return args.pretrain_updates + int(args.updates_per_step * since) if since >= 0 else 0
 
@@ -1228,7 +1225,7 @@ def train(args, run_dir, interrupt, payload=None):
     buffer = ReplayBuffer(replay_rows(args), env.spec, args.device)
     if args.cuda_graph:
         CudaGraph(agent, "update", agent.cadence)
-        CudaGraph(agent, "act", tuple)
+        CudaGraph(agent, "act", cadence=tuple)  # none: tuple() is ()
     total_steps = args.total_frames // args.action_repeat
     eval_steps = max(1, args.eval_every_frames // args.action_repeat)
 
@@ -1256,7 +1253,7 @@ def train(args, run_dir, interrupt, payload=None):
     logger = Logger(args, run_dir, now["step"] * args.action_repeat, now["rows"])
     clock, began = time.monotonic() - now["wall_s"], None
     while now["step"] < total_steps:
-        if now["action"] is None:
+        if now["action"] is None:  # chosen before the updates; a run may be stopped among these
             action, now["carry"] = agent.act(step, now["carry"], explore=True)
             warm = now["step"] >= args.warmup_steps  # before, only the carry counts
             now["action"] = action.cpu() if warm else random_action()
@@ -1272,8 +1269,7 @@ def train(args, run_dir, interrupt, payload=None):
                 tqdm.write(f"on this CPU the updates alone take at least {left}; see --smoke")
             if agent.updates % 1000 == 0 and agent.updates < wanted:  # a long burst
                 log({})
-                with survive("checkpoint"):
-                    save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
+                save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
         if interrupt.signal:
             break
 
@@ -1292,7 +1288,7 @@ def train(args, run_dir, interrupt, payload=None):
             now["eval_return"] = row["eval/return"] = returns.mean().item()
             row["eval/return_std"] = returns.std().item()
             tqdm.write(f"{frames:,} frames: evaluation {returns.mean():.1f} +- {returns.std():.1f}")
-            state = rng_state()
+            state = rng_state()  # some images take random numbers
             logger.show(frames, agent.images(buffer, np.random.default_rng(0)), video, env.fps)
             set_rng_state(state)
         if row:
@@ -1304,11 +1300,9 @@ def train(args, run_dir, interrupt, payload=None):
             unsaved = frames - now["saved"]
             if unsaved >= args.checkpoint_every_frames and now["step"] < total_steps:
                 now["saved"] = frames
-                with survive("checkpoint"):
-                    save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
+                save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
     now["wall_s"] = time.monotonic() - clock
-    with survive("checkpoint"):
-        save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
+    save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
     logger.bar.close()
     logger.tensorboard(SummaryWriter.close)
     env.close()
@@ -1332,7 +1326,8 @@ def play(args):
     payload, path = read_checkpoint(args.evaluate, "evaluate", args.device), Path(args.evaluate)
     chosen = {k: v for k, v in vars(args).items() if k in FREE_ON_RESUME}
     args = dataclasses.replace(make_args(payload["args"]), **chosen)
-    env = make_env(args, 0, video_size=256)
+    with require_renderer():
+        env = make_env(args, 0, video_size=256)
     agent = Agent(args, env.spec)
     agent.load_state_dict(payload["agent"])
     policy = functools.partial(agent.act, explore=False)
@@ -1376,8 +1371,8 @@ def main(args):
     payload, run_dir = None, Path(args.resume)
     if not args.resume:
         stamp = time.strftime("%Y%m%d-%H%M%S-") + str(os.getpid())
-        names = args.env_id, Path(__file__).stem, str(args.seed), stamp
-        run_dir = Path(args.runs_dir, "__".join(names))
+        name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{stamp}"
+        run_dir = Path(args.runs_dir, name)
         try:
             run_dir.mkdir(parents=True)
             (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
@@ -1400,7 +1395,7 @@ def main(args):
           f"{row_bytes:,} bytes, {size / 2**30:.2f} GiB of {free / 2**30:.1f} free", flush=True)
     interrupt = Interrupt()
     numbers = train(args, run_dir, interrupt, payload)
-    if numbers["frames"] + args.action_repeat <= args.total_frames:
+    if numbers["frames"] + args.action_repeat <= args.total_frames:  # a step was left
         print(f"stopped; to go on: python {Path(__file__).name} --resume {run_dir}")
         sys.exit(128 + interrupt.signal)
     print("summary " + json.dumps(numbers | {"run_dir": str(run_dir)}))

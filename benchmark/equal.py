@@ -52,8 +52,8 @@ def pairs(ours, peer):
                     (ours.actor.head.norm, peer.actor.encoder.ln),
                     *mlp(ours.actor.trunk, peer.actor.trunk)]
     if ours.decoder is not None:
-        deconvs = [(ours.decoder.net[3 + 2 * i], peer.decoder.deconvs[i]) for i in range(4)]
-        out["decoder"] = [(ours.decoder.net[0], peer.decoder.fc), *deconvs]
+        deconvs = [(ours.decoder[3 + 2 * i], peer.decoder.deconvs[i]) for i in range(4)]
+        out["decoder"] = [(ours.decoder[0], peer.decoder.fc), *deconvs]
     return out
 
 

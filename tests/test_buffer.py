@@ -40,7 +40,7 @@ def test_transitions_equal_the_naive_buffers(script, capacity, monkeypatch):
     buffer, naive, _ = fill(script, capacity, LENGTHS)
     oldest = buffer.row - capacity
     rows = np.array([t for t in naive if t >= max(oldest + K - 1, 0) or oldest <= 0 <= t])
-    monkeypatch.setattr(buffer, "draw", lambda *_: rows)
+    monkeypatch.setattr(buffer, "draw", lambda *_, **__: rows)
     batch = buffer.transitions(None, len(rows), K)
     assert batch["obs"].dtype == torch.uint8 and batch["obs"].shape == (len(rows), 3 * K, 4, 4)
     for i, t in enumerate(rows):
@@ -69,7 +69,8 @@ def test_draws_are_uniform_over_exactly_the_valid_rows(script, capacity, length,
 def test_transitions_are_drawn_from_where_stacks_are_whole(script, capacity, monkeypatch):
     buffer, naive, _ = fill(script, capacity, LENGTHS)
     oldest, asked, draw = buffer.row - capacity, [], buffer.draw
-    monkeypatch.setattr(buffer, "draw", lambda rng, *rest: asked.append(rest) or draw(rng, *rest))
+    monkeypatch.setattr(buffer, "draw", lambda rng, *rest, **windows: (
+        asked.append(rest) or draw(rng, *rest, **windows)))
     buffer.transitions(np.random.default_rng(0), 8, K)
     assert asked == [(8, oldest + K - 1 if oldest > 0 else 0, 2, 2)]
 

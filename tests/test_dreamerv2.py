@@ -388,10 +388,10 @@ def test_the_actors_gradient_is_the_derivative_through_the_model(monkeypatch):
     rssm, raw = agent.rssm, torch.randn(4, 3, 2, dtype=torch.float64) / 2
 
     def mean_step(z, h, action, noise):
-        h = rssm.step(z, h, action)
+        h = rssm.cell(rssm.gru_in(torch.cat([z, action], -1)), h)
         return torch.softmax(rssm.prior(h), -1).flatten(1), h
 
-    monkeypatch.setattr(rssm, "imagine", mean_step)
+    monkeypatch.setattr(rssm, "imagine_step", mean_step)
     z, h = torch.rand(3, 12, dtype=torch.float64), torch.randn(3, 5, dtype=torch.float64)
 
     def loss(actions):
@@ -456,7 +456,7 @@ def test_behavior_learns_in_the_new_model_from_states_of_the_old(monkeypatch):
     agent, order = make_agent(), []
     weight = agent.rssm.gru.weight
     before = weight.detach().clone()
-    for name in ("observe", "imagine"):
+    for name in ("observe", "imagine_step"):
         method = getattr(agent.rssm, name)
         monkeypatch.setattr(agent.rssm, name, lambda *x, name=name, method=method: (
             order.append((name, torch.equal(weight, before))), method(*x))[1])
@@ -464,7 +464,7 @@ def test_behavior_learns_in_the_new_model_from_states_of_the_old(monkeypatch):
         step = optimizer.step
         optimizer.step = lambda name=name, step=step: (order.append(name), step())
     agent.update(make_batch(agent))
-    assert order == [("observe", True), "model", *[("imagine", False)] * 4, "actor", "critic"]
+    assert order == [("observe", True), "model", *[("imagine_step", False)] * 4, "actor", "critic"]
 
 
 def test_gradients_are_clipped_by_their_norm():
@@ -588,7 +588,7 @@ def test_everything_is_off_by_default():
     losses = {f"loss/{name}" for name in ("kl", "image", "reward", "actor", "critic")}
     assert set(metrics) == losses | {"stat/kl", "stat/entropy", "stat/imagined_return"}
     args = script.Args()
-    assert args.reset == "none" and args.shift == 0 and agent.resets(10**9) == 0
+    assert args.reset == "none" and args.shift == 0 and agent.resets_due(10**9) == 0
 
 
 @pytest.mark.parametrize("model, behavior", [(2, 1), (1, 3)])
@@ -906,7 +906,7 @@ def test_resets_come_on_time_and_are_followed_by_catch_up_updates(every, extra, 
                 at.append(total)
                 total += extra
         assert script.updates_due(agent.args, step) == total
-    resets = [n for n in range(total) if agent.resets(n) > agent.resets(n - 1)]
+    resets = [n for n in range(total) if agent.resets_due(n) > agent.resets_due(n - 1)]
     assert resets == [n for n in at if n < total] and len(resets) > 2
     agent.reset, calls = lambda: calls.append(agent.updates), []
     batch = make_batch(agent)
@@ -929,7 +929,7 @@ def test_a_reset_makes_acting_start_anew(extra):
     carry = act(steps[0], None)  # the reset comes with the next update
     assert not torch.equal(act(steps[1], carry)["h"], act(steps[1], None)["h"])
     agent.update(batch)
-    assert agent.resets(agent.updates - 1) == 1
+    assert agent.resets_due(agent.updates - 1) == 1
     new = act(steps[1], carry)
     assert torch.equal(new["h"], act(steps[1], None)["h"])
     assert not torch.equal(act(steps[2], new)["h"], act(steps[2], None)["h"])  # goes on from there

@@ -583,7 +583,8 @@ def test_what_the_checks_let_pass_runs(module, tmp_path):
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)
             _, errors = process.communicate(timeout=60)  # or it hangs
-        assert process.returncode in (0, 1, 2, 143) and "Traceback" not in errors, (name, errors)
+        assert process.returncode in (0, 1, 2, 143) or "error: " in errors, (name, value, errors)
+        assert "Traceback" not in errors, (name, value, errors)
         if process.returncode == 1:
             last = errors.strip().splitlines()[-1]
             assert re.match("error: (memory: |.* is (nan|inf) after)", last), (name, value, errors)
@@ -651,9 +652,9 @@ def test_soak(module, tmp_path):
     memory and open files stay what they are. PEARL, whose buffer is never full, makes many updates
     per trajectory."""
     minutes = float(os.environ.get("SOAK_MINUTES", "30"))
-    flags = f"--smoke --total-frames 2_000_000 --replay-capacity 4000 --runs-dir {tmp_path}"
+    flags = f"--smoke --total-frames 2_000_000 --replay-capacity 1000 --runs-dir {tmp_path}"
     if module.__name__ == "pearl_pixels":
-        flags = flags.replace("4000", "3000000 --updates-per-iteration 1000")
+        flags = flags.replace("1000", "3000000 --updates-per-iteration 1000")
     process = subprocess.Popen(command(module.__name__, flags), stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
     folder, began, seen = Path("/proc", str(process.pid)), time.monotonic(), []
@@ -664,11 +665,13 @@ def test_soak(module, tmp_path):
         seen.append((pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir(folder / "fd"))))
     process.send_signal(signal.SIGTERM)
     assert process.wait(100) == 143
-    (path,) = tmp_path.glob("*/checkpoint.pt")
-    assert module.__name__ == "pearl_pixels" or torch.load(path)["row"] > 4 * 4000
     third = len(seen) // 3
     early, late = seen[third : 2 * third], seen[-third:]
-    print(module.__name__, "MiB and files after a third:", *early[0], "at the end:", *late[-1])
+    (path,) = tmp_path.glob("*/checkpoint.pt")
+    rows = torch.load(path)["row"]
+    print(f"{module.__name__}: {rows} rows; MiB and files after a third", *early[0], "at the end",
+          *late[-1])
+    assert module.__name__ == "pearl_pixels" or rows > 4 * 1000  # the buffer was full by then
     (rss, files), (rss_late, files_late) = (
         (np.median([m for m, _ in part]), max(f for _, f in part)) for part in (early, late))
     assert rss_late < 1.05 * rss + 20 and files_late <= files + 2

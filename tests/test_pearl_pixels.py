@@ -211,7 +211,7 @@ def test_each_optimizer_moves_its_own(mode, critic):
         optimizer.step = spy
     before = {k: v.clone() for k, v in agent.state_dict().items()}
     agent.update(make_batch(agent))
-    expected = {"critic": {"q1", "q2"}, "context": {"context_encoder"}, "actor": {"actor"}}
+    expected = {name: {name} for name in ("q1", "q2", "context_encoder", "actor")}
     expected |= {"v": {"v"}} if critic == "v" else {"alpha": {"log_alpha"}}
     expected |= {"cnn": {"cnn"}} if mode != "state" else {}
     expected |= {"decoder": {"decoder"}} if mode == "ae" else {}
@@ -1044,7 +1044,7 @@ def test_context_is_what_the_mode_sees(mode, monkeypatch):
 def test_what_the_target_sees(mode, monkeypatch):
     """The next observation, by the target encoder where there is one."""
     agent, seen = make_agent(obs_mode=mode), []
-    if agent.learns_x:
+    if agent.x_is_features:
         for p in agent.target_cnn.parameters():
             p.data.mul_(1.5)
     batch, target = make_batch(agent), agent.target
@@ -1053,7 +1053,7 @@ def test_what_the_target_sees(mode, monkeypatch):
     if mode in ("state", "cnn-test"):
         expected = part["next_state"].flatten(0, 1)
     else:
-        expected = (agent.target_cnn if agent.learns_x else agent.cnn)(images).detach()
+        expected = (agent.target_cnn if agent.x_is_features else agent.cnn)(images).detach()
     monkeypatch.setattr(agent, "target", lambda r, d, x, z: (seen.append(x), target(r, d, x, z))[1])
     agent.update(batch)
     torch.testing.assert_close(seen[0], expected)

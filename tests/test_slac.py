@@ -63,7 +63,7 @@ def make_batch(agent, seed=0):
 def inputs(agent, B=3, T=5, seed=0):
     """Features, actions, is_first (never) and noise for LatentModel.filter."""
     g, args = torch.Generator().manual_seed(seed), agent.args
-    noise = torch.randn(B, T, agent.model.z_dim, generator=g) * agent.model.random
+    noise = torch.randn(B, T, agent.model.z_dim, generator=g) * agent.model.noisy
     return (torch.randn(B, T, args.feature_dim, generator=g),
             torch.rand(B, T, agent.action_dim, generator=g) * 2 - 1,
             torch.zeros(B, T, dtype=torch.bool), noise)
@@ -88,7 +88,7 @@ def test_parameter_counts(A):
 def test_shapes_and_sizes_of_the_layers():
     agent = published(2)
     sizes, images = [], torch.rand(2, 3, 64, 64)
-    for layer in agent.model.encoder.net:
+    for layer in agent.model.encoder:
         layer.register_forward_hook(lambda m, x, y: sizes.append(y.shape[-1]))
     assert agent.model.encoder(images).shape == (2, 256)
     assert sizes[::2][:5] == [32, 16, 8, 4, 1]
@@ -98,7 +98,7 @@ def test_shapes_and_sizes_of_the_layers():
     slopes = {m.negative_slope for m in agent.model.modules() if isinstance(m, torch.nn.LeakyReLU)}
     assert slopes == {0.2}
     assert not any(isinstance(m, torch.nn.LeakyReLU) for m in agent.actor.modules())
-    assert isinstance(agent.model.decoder.net[-1], torch.nn.LeakyReLU)  # D6
+    assert isinstance(agent.model.decoder[-1], torch.nn.LeakyReLU)  # D6
 
 
 @pytest.mark.parametrize("size, channels", [(32, (4, 4, 8)), (64, (4, 4, 4, 4, 8)), (48, (2, 2))])
