@@ -763,7 +763,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()  # acting learns nothing
     def act(self, step, carry, explore):
-        """Action (A,) for a Step, and the next carry: the stack. None: an episode starts."""
+        """Action (A,) for a Step, and the next carry: the stack so far, None at a start."""
         obs = torch.as_tensor(step.obs, device=self.args.device)[None]
         old = [obs] * (self.args.frame_stack - 1) if carry is None else [carry[:, obs.shape[1] :]]
         stack = torch.cat([*old, obs], 1)  # (1, K * C, H, W)
@@ -782,7 +782,8 @@ class Agent(nn.Module):
         return F.mse_loss(q1, target) + F.mse_loss(q2, target)  # [SAC+AE J(Q)]
 
     def actor_loss(self, h):
-        """From conv features (B, F). Also gives log pi (B, 1), which alpha_loss needs."""
+        """From conv features (B, F). Also gives log pi (B, 1), which alpha_loss needs. Q and its
+        head are only read: the step on this loss moves the actor alone."""
         action, log_prob = tanh_gaussian(*self.actor(h))
         q = torch.min(*self.critic(self.encoder.head(h), action))
         alpha = self.log_alpha.exp().detach()  # has a loss of its own
@@ -889,7 +890,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()  # for the eye
     def images(self, buffer, rng):
-        """{name: uint8 (H, W, 3)}: eight newest images of stacks: obs, positive, reconstruction."""
+        """{name: uint8 (H, W, 3)}: the newest images of eight stacks: obs, positive, reconstruction."""
         if self.decoder is None:
             return {}
         batch = self.sample(buffer, rng)

@@ -70,9 +70,9 @@ def test_transitions_are_drawn_from_where_stacks_are_whole(script, capacity, mon
     buffer, naive, _ = fill(script, capacity, LENGTHS)
     oldest, asked, draw = buffer.row - capacity, [], buffer.draw
     monkeypatch.setattr(buffer, "draw", lambda rng, *rest, **windows: (
-        asked.append(rest) or draw(rng, *rest, **windows)))
+        asked.append((*rest, windows)) or draw(rng, *rest, **windows)))
     buffer.transitions(np.random.default_rng(0), 8, K)
-    assert asked == [(8, oldest + K - 1 if oldest > 0 else 0, 2, 2)]
+    assert asked == [(8, oldest + K - 1 if oldest > 0 else 0, {"length": 2, "together": 2})]
 
 
 def test_too_long_sequences_are_an_error(script):
