@@ -790,7 +790,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()  # for the eye
     def images(self, buffer, rng):
-        """{name: uint8 (H, W, 3)}: the newest images of eight stacks above their reconstructions."""
+        """{name: uint8 (H, W, 3)}: newest images of eight stacks above their reconstructions."""
         if self.decoder is None:
             return {}
         batch = self.sample(buffer, rng)

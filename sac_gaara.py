@@ -31,7 +31,8 @@ Units: frame = one control step of the task; step = one decision, held for actio
 update = one gradient update on one batch.
 Tags in brackets, as [GAARA (6)], name the formula of a line, D1 a difference below.
 
-Differences from the paper and the authors' code: D1 to D6 SAC+AE's, the others the report's
+Differences from the paper and the authors' code
+(D1 to D6 from SAC+AE's, the others from the report of SAC+GAARA and its code)
 D1  The actor's optimizer does not hold the convs that it shares with the critic. Theirs does, but
     their gradient in it is always zero: the same parameters come out. (--actor-trains-encoder: it
     does.)
@@ -890,7 +891,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()  # for the eye
     def images(self, buffer, rng):
-        """{name: uint8 (H, W, 3)}: the newest images of eight stacks: obs, positive, reconstruction."""
+        """{name: uint8 (H, W, 3)}: newest images of eight stacks: obs, positive, reconstruction."""
         if self.decoder is None:
             return {}
         batch = self.sample(buffer, rng)

@@ -13,7 +13,7 @@ EXERCISES = {  # number: (text, what stands there instead, the test that fails w
     2: ("self.moved_by_actor = convs if args.actor_trains_encoder else []",
         "self.moved_by_actor = convs if args.actor_lr else []",
         "test_sac_ae.py::test_who_trains_what[default-actor]"),
-    3: ("new[episode <= new + length - together]", "new[episode < new + length]",
+    3: ("new[starts <= new + length - together]", "new[starts < new + length]",
         "test_buffer.py::test_draws_are_uniform_over_exactly_the_valid_rows[sac_ae-8-8-100]"),
     4: ("kl = balance * to_prior.clamp(min=free) + (1 - balance) * to_post.clamp(min=free)",
         "kl = (1 - balance) * to_prior.clamp(min=free) + balance * to_post.clamp(min=free)",
