@@ -139,8 +139,7 @@ def deviations():
             seen.add(text)
             places = [i for i, line in enumerate(lines, 1)
                       if re.search(rf"^{number}\b|  # .*\b{number}\b", line)]  # fmt: skip
-            place = places[:2][-1]  # the first after the docstring's
-            cells.append(f"[{number}]({name}.py#L{place}) {text}")
+            cells.append(f"[{number}]({name}.py#L{places[-1]}) {text}")
         rows.append((f"`{name}`", "<br>".join(cells)))
     return rows_to_table(*rows)
 

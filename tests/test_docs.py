@@ -25,6 +25,10 @@ def test_generated_parts_are_fresh(path):
     assert docs.mended(path) == path.read_text()
 
 
+def test_the_first_page_stays_short():
+    assert len(READMES[0].read_text().splitlines()) <= 350
+
+
 def test_a_stale_part_is_noticed(tmp_path):
     text = READMES[0].read_text()
     for old, new in (("| `slac` | KL", "| `slac` | K"), ("sac_ae.py#L", "sac_ae.py#L1"),
