@@ -995,9 +995,11 @@ class Logger:
         self.bar = tqdm(total=args.total_frames, initial=frames, unit="frame", disable=None)
 
     def tensorboard(self, add):
-        """Gives the writer to `add`: a new one after a failure, as its thread is dead then."""
+        """Gives the writer to `add`: a new one after a failure, as its thread is dead then. (Strict,
+        as it would make a folder anew that was deleted.)"""
         with survive("TensorBoard"):
-            writer, self.writer = self.writer or SummaryWriter(self.run_dir), None
+            folder = self.run_dir.resolve(strict=True)
+            writer, self.writer = self.writer or SummaryWriter(folder), None
             add(writer)
             self.writer = writer
 
