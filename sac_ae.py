@@ -882,10 +882,9 @@ class Logger:
         self.bar = tqdm(total=args.total_frames, initial=frames, unit="frame", disable=None)
 
     def tensorboard(self, add):
-        """Gives the writer to `add`: a new one after a failure, as its thread is dead then. (Strict,
-        as it would make a folder anew that was deleted.)"""
+        """Gives the writer to `add`: a new one after a failure, as its thread is dead then."""
         with survive("TensorBoard"):
-            folder = self.run_dir.resolve(strict=True)
+            folder = self.run_dir.resolve(strict=True)  # it would make a deleted one anew
             writer, self.writer = self.writer or SummaryWriter(folder), None
             add(writer)
             self.writer = writer
