@@ -106,7 +106,7 @@ class Args:
     image_size: int = 64  # side of the square image [pixels]
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there, else mps, else cpu
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of matrix products and convs in updates
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of products, convs; bf16: in updates
     cuda_graph: bool = False  # launch an update, or an action, as one CUDA graph
     replay_capacity: int = 1_000_000  # rows, one per step and episode start; the run's if fewer
     batch_size: int = 64  # samples per update (transitions, of each task; code 256)
@@ -522,7 +522,7 @@ class PixelEnv:
     def _see(self, time_step, reward):
         self.last = time_step.last()
         state = np.concatenate([np.ravel(v) for v in time_step.observation.values()])
-        obs = state = state.astype(np.float32)
+        obs = state = state.astype(np.float32)  # obs: unless the agent sees pixels
         if self.pixels:
             obs = self.render(self.image_size).transpose(2, 0, 1).copy()
         action = np.float32(self.actions[-1] if self.actions else [0.0] * len(self.low))
@@ -718,7 +718,7 @@ def as_z(theta, latent_dim):
 
 
 class Linear32(nn.Linear):
-    """A layer that stays in float32 whatever --precision: values, logits and means need it."""
+    """A layer that stays out of bfloat16: values, logits and means need more digits."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -813,7 +813,7 @@ class Decoder(nn.Sequential):
 
 
 class Agent(nn.Module):
-    """act; a method per loss, whose gradients minimize() keeps apart; update, the algorithm."""
+    """update, the algorithm, to be read first; a method per loss; act."""
 
     def __init__(self, args, spec):
         super().__init__()

@@ -100,7 +100,7 @@ class Args:
     image_size: int = 64  # side of the square image [pixels]
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there, else mps, else cpu
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of matrix products and convs in updates
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of products, convs; bf16: in updates
     cuda_graph: bool = False  # launch an update, or an action, as one CUDA graph
     replay_capacity: int = 100_000  # rows, one per step and episode start; the run's if fewer
     warmup_steps: int = 0  # uniformly random steps before the first update (0: 10,000 frames)
@@ -342,7 +342,7 @@ class PixelEnv:
     def _see(self, time_step, reward):
         self.last = time_step.last()
         state = np.concatenate([np.ravel(v) for v in time_step.observation.values()])
-        obs = state = state.astype(np.float32)
+        obs = state = state.astype(np.float32)  # obs: unless the agent sees pixels
         if self.pixels:
             obs = self.render(self.image_size).transpose(2, 0, 1).copy()
         action = np.float32(self.actions[-1] if self.actions else [0.0] * len(self.low))
@@ -506,7 +506,7 @@ def weight_init(module):
 
 
 class Linear32(nn.Linear):
-    """A layer that stays in float32 whatever --precision: values, logits and means need it."""
+    """A layer that stays out of bfloat16: values, logits and means need more digits."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -734,7 +734,7 @@ class Critic(nn.Module):
 
 
 class Agent(nn.Module):
-    """act; a method per loss, whose gradients minimize() keeps apart; update, the algorithm."""
+    """update, the algorithm, to be read first; a method per loss; act."""
 
     def __init__(self, args, spec):
         super().__init__()
@@ -1237,7 +1237,7 @@ def train(args, run_dir, interrupt, payload=None):
         check_finite(now["metrics"], agent.updates)
         now["wall_s"], frames = time.monotonic() - clock, now["step"] * args.action_repeat
         counters = {"frames": frames, "steps": now["step"], "updates": agent.updates}
-        metrics = {name: float(value) for name, value in now["metrics"].items()}
+        metrics = {k: float(v) for k, v in now["metrics"].items()}  # of the last update with them
         logger.log(counters | row | metrics | {"time/wall_s": now["wall_s"]})
 
     if payload:
@@ -1248,7 +1248,7 @@ def train(args, run_dir, interrupt, payload=None):
         print(f"random policy: {returns.mean():.1f} +- {returns.std():.1f} over 10 episodes")
         now = {"step": 0, "action": None, "carry": None, "return": 0.0, "metrics": {}, "rows": [],
                "random_return": returns.mean().item(), "eval_return": None, "wall_s": 0.0,
-               "saved": 0}  # fmt: skip
+               "saved": 0}  # fmt: skip  (the part of a checkpoint that is the loop's own)
         step = env.reset()
         buffer.add(step)
     logger = Logger(args, run_dir, now["step"] * args.action_repeat, now["rows"])
