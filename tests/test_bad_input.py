@@ -161,6 +161,8 @@ def test_help_lists_every_flag_with_its_meaning(name):
     for field in fields:
         assert re.search(rf"--{field.name.replace('_', '-')}\b", text)
     assert text.count("(default:") + text.count("(optional)") >= len(fields)
+    smoke = run(name, "--smoke --help").stdout  # those of a smoke run
+    assert f"(default: {module.SMOKE['image_size']})" in smoke and smoke != text
 
 
 def test_bad_usage_does_not_wait_for_pytorch(name, tmp_path):
@@ -255,8 +257,9 @@ def test_refused_from_the_command_line(name, finished, tmp_path):
     assert_refused(run(name, f"--resume {run_dir}"), "--resume", "no checkpoint")
     assert_refused(run(name, f"--evaluate {run_dir}"), "--evaluate", "no checkpoint")
     assert_refused(run(name, f"--evaluate {tmp_path}"), "--evaluate", "is missing")
-    (run_dir / "args.json").write_text("{")
-    assert_refused(run(name, f"--resume {run_dir}"), "--resume", "not a run folder")
+    for text in ("{", "[]"):
+        (run_dir / "args.json").write_text(text)
+        assert_refused(run(name, f"--resume {run_dir}"), "--resume", "not a run folder")
     assert not os.path.exists("/tmp/pwned_by_checkpoint")
 
 
