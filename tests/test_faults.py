@@ -590,6 +590,18 @@ def test_what_the_checks_let_pass_runs(module, tmp_path):
             assert re.match("error: (memory: |.* is (nan|inf) after)", last), (name, value, errors)
 
 
+@pytest.mark.shared
+def test_short_memory_ends_in_one_line(module):
+    """Other errors keep their traceback."""
+    for error in (MemoryError(), np._core._exceptions._ArrayMemoryError((10**12,), np.dtype(int)),
+                  RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"),
+                  torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nGPU 0")):
+        with pytest.raises(SystemExit, match="^error: memory: [^\n]+$"), module.require_memory():
+            raise error
+    with pytest.raises(RuntimeError, match="shapes"), module.require_memory():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+
 def test_batches_larger_than_the_data(module, tmp_path):
     flag = {"slac": "--sac-batch-size 600 --model-batch-size 9"}.get(
         module.__name__, "--batch-size 600")
