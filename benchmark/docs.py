@@ -39,7 +39,8 @@ NEW = {  # in each, against the one before
 }
 PEERS = {  # file in results/speed: (what is timed, the other code)
     "sac_ae": ("`sac_ae.py`", "pytorch_sac_ae"), "sac_gaara": ("`sac_gaara.py`", "SAC-GAARA"),
-    "sac_gaara-curl": ("the same as CURL", "curl"), "slac": ("`slac.py`", "slac.pytorch, a port"),
+    "sac_gaara-curl": ("the same as CURL, batches of 128", "curl"),
+    "slac": ("`slac.py`", "slac.pytorch, a port"),
     "dreamerv2": ("`dreamerv2.py`, equal networks, batches, horizon", "dreamer-torch, a port"),
     "pearl_pixels": ("`pearl_pixels.py` from states, 16 tasks of 256 transitions", "oyster"),
 }  # fmt: skip
@@ -132,7 +133,7 @@ def deviations():
     rows, seen = [("script", "differences, and our choice")], set()
     for name in SCRIPTS:
         lines, cells = lines_of(name), []
-        for text in re.findall(r"^(D\d+  .+(?:\n    .+)*)", "\n".join(lines).split('"""')[1], re.M):
+        for text in re.findall(r"^(D\d+ +.+(?:\n    .+)*)", "\n".join(lines).split('"""')[1], re.M):
             number, text = " ".join(text.split()).split(" ", 1)
             if text in seen:
                 continue  # SAC+GAARA begins with SAC+AE's
