@@ -159,8 +159,8 @@ class Args:
 MAY_BE_ZERO = {"action_repeat", "catch_up_updates", "infonce_weight", "entropy_weight",
                "free_nats", "gamma", "kl_balance", "kl_scale", "mask_ratio", "pretrain_updates",
                "return_lambda", "seed", "shift", "spr_weight", "weight_decay"}  # fmt: skip
-AT_MOST = {"encoder_tau": 1, "gamma": 1, "image_size": 4096, "kl_balance": 1, "mask_ratio": 1,
-           "reset_alpha": 1, "return_lambda": 1, "seed": 2**31 - 1}  # fmt: skip
+AT_MOST = {"encoder_tau": 1, "gamma": 1, "head_layers": 100, "image_size": 4096, "kl_balance": 1,
+           "mask_ratio": 1, "reset_alpha": 1, "return_lambda": 1, "seed": 2**31 - 1}  # fmt: skip
 FREE_ON_RESUME = {"checkpoint_every_frames", "cuda_graph", "device", "eval_episodes",
                   "eval_every_frames", "precision", "resume", "runs_dir", "smoke", "total_frames",
                   "track", "video"}  # fmt: skip

@@ -103,6 +103,7 @@ OWN = {
         ("--horizon 1", "--horizon", "at least 2"),
         ("--spr-weight 1 --sequence-length 5", "--spr-weight", "--sequence-length 6"),
         ("--mask-ratio 1.1", "--mask-ratio", "above 1"),
+        ("--head-layers 101", "--head-layers", "above 100"),
         ("--reset-alpha 2", "--reset-alpha", "above 1"),
         ("--kl-balance 1.2", "--kl-balance", "above 1"),
     ],
