@@ -1476,7 +1476,7 @@ def train(args, run_dir, interrupt, payload=None):
                "metrics": {}, "rows": [], "wall_s": 0.0, "saved": 0, "random_return": None,
                "eval_return": None, "score": {}, "rl": [[] for _ in train_thetas],
                "enc": [[] for _ in train_thetas]}  # fmt: skip
-        env.reset()
+        env.reset()  # a checkpoint may come before the first trajectory
         print(f"{len(train_thetas)} tasks to train on, {len(test_thetas)} to test on"
               + ", the same ones" * (train_thetas == test_thetas), flush=True)  # fmt: skip
     buffer.watch(train_thetas, now["rl"], now["enc"], args.latent_dim)
