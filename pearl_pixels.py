@@ -1490,8 +1490,7 @@ def train(args, run_dir, interrupt, payload=None):
 
     def save():
         now["wall_s"], now["saved"] = time.monotonic() - clock, frames
-        with survive("checkpoint"):
-            save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
+        save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
 
     def finish():
         """Evaluates if it is time, logs the iteration; False if a signal came before."""
