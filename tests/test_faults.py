@@ -667,15 +667,16 @@ def test_soak(module, tmp_path):
     minutes = float(os.environ.get("SOAK_MINUTES", "30"))
     flags = f"--smoke --total-frames 2_000_000 --replay-capacity 1000 --runs-dir {tmp_path}"
     if module.__name__ == "pearl_pixels":
-        flags = flags.replace("1000", "3000000 --updates-per-iteration 1000")
+        flags = flags.replace("1000", "3000000 --updates-per-iteration 10000")
     process = subprocess.Popen(command(module.__name__, flags), stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True)
     folder, began, seen = Path("/proc", str(process.pid)), time.monotonic(), []
     while time.monotonic() - began < 60 * minutes:
         time.sleep(1)
         assert process.poll() is None, process.communicate()
-        pages = int((folder / "statm").read_text().split()[1])
-        seen.append((pages * os.sysconf("SC_PAGE_SIZE") / 2**20, len(os.listdir(folder / "fd"))))
+        status = (folder / "status").read_text()  # also what the system has swapped out
+        kib = sum(int(n) for n in re.findall(r"(?:RssAnon|VmSwap):\s+(\d+)", status))
+        seen.append((kib / 1024, len(os.listdir(folder / "fd"))))
     process.send_signal(signal.SIGTERM)
     assert process.wait(100) == 143
     third = len(seen) // 3
