@@ -103,7 +103,7 @@ class Args:
     image_size: int = 64  # side of the square image [pixels]
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there, else mps, else cpu
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of products, convs; bf16: in updates
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of matrix products and convs
     cuda_graph: bool = False  # launch an update, or an action, as one CUDA graph
     replay_capacity: int = 2_000_000  # rows, one per step and episode start; the run's if fewer
     warmup_steps: int = 1000  # uniformly random steps before the first update (code 1000)
@@ -1346,7 +1346,7 @@ class Interrupt:
 
 
 def train(args, run_dir, interrupt, payload=None):
-    """The training loop; knows nothing of the algorithm. Gives the summary's numbers."""
+    """The loop, which knows nothing of the algorithm; `now` is its own part of a checkpoint."""
     rng = np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
     env, video_size = make_env(args, args.seed), 256 if args.video else 0
@@ -1377,7 +1377,7 @@ def train(args, run_dir, interrupt, payload=None):
         print(f"random policy: {returns.mean():.1f} +- {returns.std():.1f} over 10 episodes")
         now = {"step": 0, "action": None, "carry": None, "return": 0.0, "metrics": {}, "rows": [],
                "random_return": returns.mean().item(), "eval_return": None, "wall_s": 0.0,
-               "saved": 0}  # fmt: skip  (the part of a checkpoint that is the loop's own)
+               "saved": 0}  # fmt: skip
         step = env.reset()
         buffer.add(step)
     logger = Logger(args, run_dir, now["step"] * args.action_repeat, now["rows"])

@@ -106,7 +106,7 @@ class Args:
     image_size: int = 64  # side of the square image [pixels]
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there, else mps, else cpu
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of products, convs; bf16: in updates
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of matrix products and convs
     cuda_graph: bool = False  # launch an update, or an action, as one CUDA graph
     replay_capacity: int = 1_000_000  # rows, one per step and episode start; the run's if fewer
     batch_size: int = 64  # samples per update (transitions, of each task; code 256)
@@ -130,8 +130,8 @@ class Args:
     initial_steps: int = 1000  # per training task, by the untrained policy (code 2000)
     tasks_per_iteration: int = 5  # training tasks visited per iteration (code 5)
     prior_steps: int = 400  # of a visit, z from the prior, for Qs and context (code 400)
-    posterior_steps: int = 0  # then z from the posterior but at first, for both (code 0)
-    extra_steps: int = 600  # then z from the posterior but at first, for Qs alone (code 600)
+    posterior_steps: int = 0  # of a visit, z inferred but at first, for Qs and context (code 0)
+    extra_steps: int = 600  # of a visit, z inferred but at first, for Qs alone (code 600)
     updates_per_iteration: int = 1000  # gradient updates per iteration (code 2000)
     meta_batch: int = 16  # tasks per update (code 16)
     context_size: int = 100  # transitions of context per task and update (code 100)
