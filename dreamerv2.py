@@ -79,6 +79,9 @@ if sys.platform == "linux":
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
+    # PyTorch for CUDA imports Triton with its first optimizer; after Mesa's LLVM that would crash
+    with contextlib.suppress(ImportError):
+        importlib.import_module("triton")
 
 # ---- Args --------------------------------------------------------------------------------------
 

@@ -1,5 +1,6 @@
 """The harness: finds the scripts that exist, imports them, runs them as a user would."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -17,6 +18,8 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks: more threads only wait
 if sys.platform == "linux" and not os.environ.get("DISPLAY"):
     os.environ.setdefault("MUJOCO_GL", "egl")  # as the scripts do, before a test imports dm_control
+with contextlib.suppress(ImportError):
+    importlib.import_module("triton")
 
 # Four episodes of 50 steps, about 150 updates of a tiny network: a whole run in a few seconds.
 EVERY = ("--env-id cartpole-balance --action-repeat 20 --total-frames 4000 --render fast "

@@ -175,6 +175,15 @@ def test_bad_usage_does_not_wait_for_pytorch(name, tmp_path):
     assert "imported" in run(name, "", env=env).stderr
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="there Triton does not come with PyTorch")
+def test_triton_is_imported_before_opengl(name, tmp_path):
+    """Triton 3.7, after Mesa, kills the process: each has an LLVM. Here it is a stand-in."""
+    (tmp_path / "triton.py").write_text("import sys\nprint({'OpenGL', 'mujoco'} & {*sys.modules})")
+    process = run(name, "--env-id cheetah-walk", env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    assert process.stdout == "set()\n"
+    assert_refused(process, "--env-id", "cheetah-")  # for which dm_control was imported
+
+
 @pytest.mark.shared
 @pytest.mark.parametrize("value, word", [("glx", "glx"), ("disable", "disable")])
 def test_no_renderer(name, tmp_path, value, word):

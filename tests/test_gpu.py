@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from conftest import SCRIPTS, TINY
+from conftest import SCRIPTS, TINY, run, summary
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -345,7 +345,8 @@ def test_graphs_are_eager_code_on_a_gpu(name, flags, forms):
         history(name, flags.split(), graph, 26, "cuda") for graph in (False, True))
     for i, (a, b) in enumerate(zip(eager, recorded, strict=True)):
         for k in a:
-            torch.testing.assert_close(b[k], a[k], rtol=1e-4, atol=1e-4, msg=f"{i} {k}")
+            torch.testing.assert_close(b[k], a[k], rtol=1e-4, atol=1e-4,
+                                       msg=lambda why, i=i, k=k: f"{i} {k}: {why}")
     assert graphs[0] == forms
 
 
@@ -377,3 +378,17 @@ def test_memory_does_not_grow_on_a_gpu(name, precision):
             sizes.append(torch.cuda.memory_allocated())
     assert max(sizes) == max(sizes[:100])
     assert all(math.isfinite(value) for value in metrics.values())
+
+
+@gpu
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("flags", ["--cuda-graph", "--cuda-graph --precision bf16", ""])
+def test_a_whole_run_on_a_gpu(name, flags, tmp_path):
+    """To the end, on from a stop in the middle to the same end, and played."""
+    flags = f"{TINY[name]} --device cuda {flags} --runs-dir {tmp_path}"
+    whole = summary(run(name, flags))
+    half = summary(run(name, f"{flags} --total-frames {whole['frames'] // 2}"))
+    longer = summary(run(name, f"--resume {half['run_dir']} --total-frames {whole['frames']}"))
+    assert whole["device"] == longer["device"] == "cuda"
+    assert whole["updates"] == longer["updates"] > half["updates"]
+    summary(run(name, f"--evaluate {half['run_dir']}"))
