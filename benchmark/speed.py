@@ -1,7 +1,7 @@
 """How fast each script is on this machine, at its default configuration.
 
     python benchmark/speed.py                               every script
-    python benchmark/speed.py --device cuda -- --precision bf16
+    python benchmark/speed.py --device cuda --precisions fp32 tf32 bf16
     python benchmark/speed.py --peer DIR [-- FLAGS]         one, and its authors' code in DIR
 
 Prints a table and appends what was measured to --csv. Times are medians. What is compared runs in
@@ -278,6 +278,7 @@ def main():
     parser.add_argument("--env-id", default="cheetah-run", help="of all but PEARL (cheetah-run)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=10, help="how often each is timed (10)")
+    parser.add_argument("--precisions", nargs="+", default=[], help="of our scripts (fp32)")
     parser.add_argument("--peer", help="folder with the authors' code, see authors.py")
     parser.add_argument("--csv", default="runs/speed.csv", help="appended to (runs/speed.csv)")
     parser.add_argument("flags", nargs="*", help="of our script, after --")
@@ -287,7 +288,9 @@ def main():
         if args.worker == args.peer:
             return work(peer(args.peer, args.device), {}, args.device)
         sys.path.insert(0, str(ROOT))
-        return work(*own(args.worker, args.env_id, ["--device", args.device, *args.flags]))
+        name, *precision = args.worker.split()
+        flags = ["--device", args.device, *precision, *args.flags]
+        return work(*own(name, args.env_id, flags))
 
     import torch
 
@@ -301,23 +304,25 @@ def main():
         args.scripts = [authors.PEERS[authors.which(args.peer)][0]]
         flags += ["--peer", args.peer]
     for name in args.scripts:
-        subjects = [name, args.peer] if args.peer else [name]
+        ours = [f"{name} --precision {p}" for p in args.precisions] or [name]
+        subjects = [*ours, args.peer] if args.peer else ours
         times, facts, peaks = in_turns(subjects, args.rounds, flags, args.flags)
         for subject in subjects:
             print(f"\n{subject}: milliseconds; peak memory {peaks[subject]:.1f} GiB")
             for key, ms in times[subject].items():
                 print(f"    {key:24}{ms:10.2f}")
             rows += [(subject, f"ms, {key}", ms) for key, ms in times[subject].items()]
-        ours = times[name]
-        table[name] = rates(ours, facts[name], peaks[name])
-        rows += [(name, key, value) for key, value in table[name].items()]
-        exact, fast = (ours["physics.render"] / ours[f"render {k}"] for k in ("exact", "fast"))
-        print(f"    against physics.render: exact {exact:.2f}x, fast {fast:.1f}x")
-        if args.peer:
-            ratio = times[args.peer]["two updates"] / ours["two updates"]
-            print(f"    updates as fast as the authors': {ratio:.2f}x; asked on a CPU: "
-                  f"{ASKED[name]}x")
-            rows.append((name, "updates, times as fast as the peer's", ratio))
+        for one in ours:
+            ms = times[one]
+            table[one] = rates(ms, facts[one], peaks[one])
+            rows += [(one, key, value) for key, value in table[one].items()]
+            exact, fast = (ms["physics.render"] / ms[f"render {k}"] for k in ("exact", "fast"))
+            print(f"    {one} against physics.render: exact {exact:.2f}x, fast {fast:.1f}x")
+            for key in [k for k in ms if args.peer and k.startswith("two updates")]:
+                ratio = times[args.peer]["two updates"] / ms[key]
+                print(f"    {one}, {key}, as fast as the authors': {ratio:.2f}x; asked on a CPU: "
+                      f"{ASKED[name]}x")
+                rows.append((one, f"{key}, times as fast as the peer's", ratio))
     heads = list(dict.fromkeys(key for row in table.values() for key in row))
     print("\n| " + " | ".join(["script", *heads]) + " |\n" + "| - " * (len(heads) + 1) + "|")
     for name, row in table.items():
