@@ -107,7 +107,7 @@ class Args:
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there, else mps, else cpu
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of matrix products and convs
-    cuda_graph: bool = False  # launch an update, or an action, as one CUDA graph
+    cuda_graph: bool = True  # on CUDA: launch an update, or an action, as one graph
     replay_capacity: int = 2_000_000  # rows, one per step and episode start; the run's if fewer
     warmup_steps: int = 1000  # uniformly random steps before the first update (code 1000)
     pretrain_updates: int = 100  # updates at the end of the warm-up (code 100)
@@ -1356,7 +1356,7 @@ def train(args, run_dir, interrupt, payload=None):
     eval_env, eval_seed = make_env(args, 0, video_size=video_size), args.seed + 2**31
     agent = Agent(args, env.spec)
     buffer = ReplayBuffer(replay_rows(args), env.spec, args.device)
-    if args.cuda_graph:
+    if args.cuda_graph and args.device.startswith("cuda"):
         CudaGraph(agent, "update", agent.cadence)
         CudaGraph(agent, "act", cadence=tuple)  # none: tuple() is ()
     total_steps = args.total_frames // args.action_repeat
@@ -1484,8 +1484,6 @@ def main(args):
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as e:
         refuse("device", f"{args.device} cannot be used; try auto ({str(e).splitlines()[0]})")
-    if args.cuda_graph and not args.device.startswith("cuda"):
-        refuse("cuda_graph", f"{args.device} has none; only --device cuda does")
     if args.device.startswith("cuda:"):
         torch.cuda.set_device(args.device)
     tf32 = args.precision == "tf32"

@@ -110,7 +110,7 @@ class Args:
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there, else mps, else cpu
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of matrix products and convs
-    cuda_graph: bool = False  # launch an update, or an action, as one CUDA graph
+    cuda_graph: bool = True  # on CUDA: launch an update, or an action, as one graph
     replay_capacity: int = 1_000_000  # rows, one per step and episode start; the run's if fewer
     batch_size: int = 64  # samples per update (transitions, of each task; code 256)
     eval_every_frames: int = 20_000  # distance between evaluations [frames]
@@ -1483,7 +1483,7 @@ def train(args, run_dir, interrupt, payload=None):
         print(f"{len(train_thetas)} tasks to train on, {len(test_thetas)} to test on"
               + ", the same ones" * (train_thetas == test_thetas), flush=True)  # fmt: skip
     buffer.watch(train_thetas, now["rl"], now["enc"], args.latent_dim)
-    if args.cuda_graph:
+    if args.cuda_graph and args.device.startswith("cuda"):
         CudaGraph(agent, "update", tuple)
         CudaGraph(agent, "act", tuple)
     frames = buffer.row - sum(map(len, now["rl"]))
@@ -1617,8 +1617,6 @@ def main(args):
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as e:
         refuse("device", f"{args.device} cannot be used; try auto ({str(e).splitlines()[0]})")
-    if args.cuda_graph and not args.device.startswith("cuda"):
-        refuse("cuda_graph", f"{args.device} has none; only --device cuda does")
     if args.device.startswith("cuda:"):
         torch.cuda.set_device(args.device)
     tf32 = args.precision == "tf32"

@@ -178,6 +178,28 @@ def rates():
     return rows_to_table(("default configuration", *heads), *rows)
 
 
+def gpu():
+    """What speed.py measured on a GPU: updates/s eager and captured, and the rest in bf16."""
+    with open(RESULTS / "speed" / "h100.csv", newline="") as file:
+        cells = {(*row["subject"].split(" --precision "), row["quantity"]): float(row["value"])
+                 for row in csv.DictReader(file)}  # fmt: skip
+    captured = "updates/s, captured"
+    columns = {"updates/s, eager": ("fp32", "updates/s"),
+               **{f"captured, {p}": (p, captured) for p in ("fp32", "tf32", "bf16")},
+               "steps/s, end to end, bf16": ("bf16", "steps/s, end to end"),
+               "busy with updates": ("bf16", "busy with updates"),
+               "peak GiB": ("bf16", "peak GiB"),
+               **{f"{p} against the other code": (
+                   p, "two updates, captured, times as fast as the peer's")
+                  for p in ("fp32", "bf16")}}  # fmt: skip
+    rows = []
+    for name in SCRIPTS:
+        values = [cells.get((name, *column)) for column in columns.values()]
+        rows.append((f"[`{name}.py`](results/speed/h100/{name}.txt)",
+                     *("" if v is None else f"{v:,.{1 * (v < 100) + (v < 10)}f}" for v in values)))
+    return rows_to_table(("default configuration", *columns), *rows)
+
+
 def differences():
     """How much differs between two scripts, and the page that shows it."""
     rows = [("pair", "lines added", "removed", "hunks")]

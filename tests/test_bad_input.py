@@ -36,7 +36,6 @@ BAD = [  # of every script
     ("--evaluate /nowhere", "--evaluate", "/nowhere"),
     ("--track", "--track", "pip install wandb"),
     ("--device meta", "--device", "try auto"),
-    ("--device cpu --cuda-graph", "--cuda-graph", "only --device cuda"),
     ("--runs-dir /dev/null/runs", "--runs-dir", "cannot be made"),
 ]
 BAD_SUITE = [  # of those that run one task

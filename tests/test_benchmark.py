@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import tyro
-from conftest import ROOT, TINY
+from conftest import ROOT, SCRIPTS, TINY
 from test_run import metrics
 
 sys.path.insert(0, str(ROOT / "benchmark"))
@@ -521,3 +521,12 @@ def test_the_readmes_ratios_are_what_was_recorded():
         assert "$ python benchmark/speed.py --peer " in text and "commit " in text
         assert f"{ratios[path.stem]} times" in readme, path.stem
     assert len(ratios) == 6
+
+
+def test_the_readmes_gain_on_a_gpu_is_what_was_recorded():
+    with open(ROOT / "benchmark" / "results" / "speed" / "h100.csv", newline="") as file:
+        value = {(row["subject"], row["quantity"]): float(row["value"])
+                 for row in csv.DictReader(file)}  # fmt: skip
+    gains = [value[f"{name} --precision bf16", "updates/s, captured"]
+             / value[f"{name} --precision fp32", "updates/s"] for name in SCRIPTS]  # fmt: skip
+    assert f"[{min(gains):.1f} to {max(gains):.1f} times]" in (ROOT / "README.md").read_text()

@@ -375,7 +375,7 @@ def test_a_checkpoint_of_another_shape_or_task_is_refused(module, half_done, tmp
         args.resume, was = str(run_dir), getattr(args, field.name)
         new = (not was if isinstance(was, bool) else was + 1 if isinstance(was, (int, float))
                else (*was, 1) if isinstance(was, tuple) else f"{was}x")
-        if field.name in {"resume", "evaluate", "device", "runs_dir", "env_id", "cuda_graph"}:
+        if field.name in {"resume", "evaluate", "device", "runs_dir", "env_id"}:
             continue  # say what to do, not how the run is
         setattr(args, field.name, new)
         if field.name in module.FREE_ON_RESUME:

@@ -382,7 +382,7 @@ def test_memory_does_not_grow_on_a_gpu(name, precision):
 
 @gpu
 @pytest.mark.parametrize("name", SCRIPTS)
-@pytest.mark.parametrize("flags", ["--cuda-graph", "--cuda-graph --precision bf16", ""])
+@pytest.mark.parametrize("flags", ["", "--precision bf16", "--no-cuda-graph"])
 def test_a_whole_run_on_a_gpu(name, flags, tmp_path):
     """To the end, on from a stop in the middle to the same end, and played."""
     flags = f"{TINY[name]} --device cuda {flags} --runs-dir {tmp_path}"

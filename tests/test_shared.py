@@ -12,8 +12,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["sac_ae.py", "sac_gaara.py", "slac.py", "dreamerv2.py", "pearl_pixels.py"]
-CAPS = {"sac_ae.py": 1297, "sac_gaara.py": 1400, "slac.py": 1410, "dreamerv2.py": 1539,
-        "pearl_pixels.py": 1672}  # lines
+CAPS = {"sac_ae.py": 1295, "sac_gaara.py": 1398, "slac.py": 1408, "dreamerv2.py": 1537,
+        "pearl_pixels.py": 1670}  # lines
 EACH = tuple(SCRIPTS)
 VARIES = {  # name: (scripts with a text of their own, or two that share one; all others share
     # another, the reason)
