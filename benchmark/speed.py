@@ -289,7 +289,7 @@ def main():
             return work(peer(args.peer, args.device), {}, args.device)
         sys.path.insert(0, str(ROOT))
         name, *precision = args.worker.split()
-        flags = ["--device", args.device, *precision, *args.flags]
+        flags = ["--device", args.device, *args.flags, *precision]
         return work(*own(name, args.env_id, flags))
 
     import torch

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks: more threads only wait
 if sys.platform == "linux" and not os.environ.get("DISPLAY"):
     os.environ.setdefault("MUJOCO_GL", "egl")  # as the scripts do, before a test imports dm_control
-with contextlib.suppress(ImportError):
+with contextlib.suppress(ImportError):  # and that before OpenGL, as they do
     importlib.import_module("triton")
 
 # Four episodes of 50 steps, about 150 updates of a tiny network: a whole run in a few seconds.

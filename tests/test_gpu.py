@@ -8,6 +8,7 @@ import gc
 import importlib
 import math
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -235,6 +236,24 @@ def test_the_comparison_sees_what_a_recording_must_not_do(stand_in, script):
     assert same(*toy(script, counted(fresh))) == ["w"]
     with pytest.raises(RuntimeError, match="waits for the GPU"):
         toy(script, counted(branch))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("device, flag, graphs", [
+    ("cuda", [], {"update", "act"}), ("cuda", ["--no-cuda-graph"], set()), ("cpu", [], set())])
+def test_training_records_on_cuda_alone(name, device, flag, graphs, monkeypatch, tmp_path):
+    """Everything that training needs is a mock, up to where the log begins."""
+    module, recorded = importlib.import_module(name), set()
+    args = tyro.cli(module.Args, args=[*TINY[name].split(), "--device", device, *flag])
+    for needed in ("Agent", "ReplayBuffer", "TaskBuffer", "make_env", "evaluate", "replay_rows"):
+        if hasattr(module, needed):
+            monkeypatch.setattr(module, needed, MagicMock())
+    module.evaluate.return_value = np.zeros(10), None
+    monkeypatch.setattr(module, "CudaGraph", lambda agent, method, cadence: recorded.add(method))
+    monkeypatch.setattr(module, "Logger", MagicMock(side_effect=InterruptedError))
+    with pytest.raises(InterruptedError):
+        module.train(args, tmp_path, SimpleNamespace(signal=0))
+    assert recorded == graphs
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
