@@ -13,38 +13,41 @@ From pixels: designs 1 to 3 of Marshall & Khasar (cnn-test, cnn, cnn-rl), and tw
 
     context {(x, a, r[, next x])} --> MLP --> a Gaussian each --> their product q(z | c) --> z
                             J(Q) and the KL to N(0, I) train it
-    x, a, z --> Q1, Q2       x, z -/-> V, actor       -/->: no gradient into z, nor into the CNN
+    x, a, z --> Q1, Q2       x, z -x-> V, actor       -x->: no gradient into z, nor into the CNN
     images --> CNN --> x     trained as --obs-mode says
 
     state     x is the true state, standardised
     cnn       x is a CNN's estimate of it, by regression
-    cnn-rl    as cnn, and rl_weight times J(Q)'s gradient reaches the CNN
-    cnn-test  x is the state in training, the CNN's estimate of it in tests
+    cnn-rl    as cnn; J(Q) trains the CNN, too, with rl_weight times its gradient
+    cnn-test  x is the true state in training and the CNN's estimate of it in tests
     critic    x is features that J(Q) trains
-    ae        as critic, and a reconstruction trains them too
+    ae        as critic; a reconstruction trains them, too
 
-    python pearl_pixels.py --smoke                  # a visible result in minutes on a laptop
+    python pearl_pixels.py --smoke                  # learns visibly in minutes on a laptop
     python pearl_pixels.py --env-id cheetah-vel     # 20 target velocities to train on, 10 to test
     python pearl_pixels.py --evaluate RUN_DIR       # adapt to the test tasks, and film it
 
 Shapes: T tasks, B transitions of each, N transitions of context of each, M = T B, K stacked images,
 C H W image, S state, X what the agent sees of it (x), L task variable (z), A action.
-Units: frame = step = one decision, as families set the control step; trajectory = so many
-steps of one task, --trajectory-steps; visit = a task's trajectories in an iteration; update =
-one gradient update on T tasks.
-Tags in brackets, as [PEARL J(Q)], name the formula of a line, D1 a difference below; M&K is
+Units: a frame is one control step of the simulator and one decision of the agent; a trajectory is
+trajectory_steps frames of one task; a visit is a task's trajectories in an iteration; an update is
+one gradient update on T tasks. A run ends with a whole iteration.
+Tags in brackets, such as [PEARL J(Q)], name the formula of a line; D1 is a difference below. M&K is
 Marshall & Khasar, SAC https://arxiv.org/abs/1812.05905, SAC+AE https://arxiv.org/abs/1910.01741.
 
 Differences from the paper and the authors' code
-D1  z is drawn once per update; theirs draws twice and uses the second. The same distribution.
-D2  One backward pass through J(Q) and the KL, theirs two: the same gradient.
-D3  No recurrent context encoder: in their code it is marked as not working.
-D4  Evaluation has a seed and random numbers of its own, and reports every number of trajectories
-    of context, z inferred anew after each. Theirs reports the last of three.
-D5  dm_control's bodies are not Gym's: returns cannot be compared with the paper's.
-D6  The designs from pixels were published as slides without code: what they leave open is ours.
-D7  V and actor learn from the x of before the CNN's step; no gradient reaches it from the context.
-D8  Hidden layers start as PyTorch's do, theirs as rlkit's, whose bound goes by the fan out.
+D1  An update draws z once. Theirs draws twice and uses the second draw, equally distributed.
+D2  J(Q) and the KL have one backward pass. Theirs makes two, with an equal gradient.
+D3  There is no recurrent context encoder. In their code it is marked as not working.
+D4  Evaluation has random numbers of its own and infers z anew after each trajectory. In theirs the
+    second trajectory has z from the prior, too, and the third one counts.
+D5  The bodies are dm_control's, not Gym's. Returns cannot be compared with the paper's.
+D6  The designs from pixels were published as slides without code. What they leave open is ours.
+D7  V and actor learn from the x of before the CNN's step. The context does not train the CNN.
+D8  Hidden weights start as PyTorch's do. Theirs start as rlkit's, whose bound goes by the fan out.
+D9  States are standardised by the initial trajectories' mean and deviation. Theirs are not.
+D10 The default run is smaller. Theirs has 100 training and 30 test tasks, 2000 initial steps, 2000
+    updates per iteration, each with 256 transitions of each task, and 500 iterations.
 """
 
 import contextlib
@@ -55,39 +58,126 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
+import io
 import json
 import math
 import os
 import re
+import shlex
+import shutil
 import signal
 import sys
 import threading
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
-import tyro
-
 if sys.platform == "linux":
-    if not os.environ.get("DISPLAY"):  # dm_control would choose GLFW, which needs a screen
-        os.environ.setdefault("MUJOCO_GL", "egl")
-    # glibc would map the memory of every large tensor anew; keeping it is up to 1.6 times as fast
-    with contextlib.suppress(AttributeError):
+    os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
+    with contextlib.suppress(AttributeError):  # glibc keeps large blocks: up to 1.6 times as fast
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
-    # PyTorch for CUDA imports Triton with its first optimizer; after Mesa's LLVM that would crash
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(ImportError):  # loaded after OpenGL, Triton would crash
         importlib.import_module("triton")
+
+import imageio
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from dm_control.rl import control
+from filelock import FileLock, Timeout  # comes with torch
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
 # ---- Args --------------------------------------------------------------------------------------
 
-HORIZON = {  # families of tasks, and the steps of their trajectories
-    "cheetah-vel": 200, "cheetah-dir": 200, "walker-vel": 200, "cartpole-goal": 200,
-    "reacher-goal": 100, "point-goal": 20, "pendulum-goal2": 25, "pendulum-goal": 25,
-    "pendulum-gear": 200, "pendulum-gravity": 200, "pendulum-mass": 200,
-}  # fmt: skip
-ACTION_REPEAT = dict.fromkeys(HORIZON, 1)  # families set the length of a step
+
+@dataclasses.dataclass
+class Args:
+    # every script has these
+    env_id: str = "cheetah-vel"  # <domain>-<task> of the dm_control suite (here a family of tasks)
+    smoke: bool = False  # small images and networks that learn visibly in minutes on two CPU cores
+    seed: int = 1  # of the environment, the networks and the sampling
+    total_frames: int = 520_000  # length of the run [frames]; its last episode is played out
+    device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto takes the best that is there
+    resume: str = ""  # folder of a run to go on with; the run's arguments are the defaults
+    evaluate: str = ""  # folder of a run whose agent is played and filmed
+    video: bool = True  # film the first episode of every evaluation (here the first task's)
+    track: bool = False  # log to Weights & Biases, too
+    runs_dir: str = "runs"  # where the run's folder is made
+    action_repeat: int = 1  # frames per step; 0: the published value for the task (always 1)
+    image_size: int = 64  # side of the square image [pixels]
+    render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of matrix products and convs
+    cuda_graph: bool = True  # on CUDA, launch an update or an action as one graph
+    replay_capacity = math.inf  # not a flag: samples reach back to the run's first trajectory
+    delete_replay: bool = False  # remove the replay buffer's files when the run has finished
+    batch_size: int = 64  # samples per update (transitions of each task; code 256)
+    eval_every_frames: int = 20_000  # distance between evaluations [frames]
+    eval_episodes: int = 2  # episodes per evaluation (adaptations to each task)
+    checkpoint_every_minutes: float = 5.0  # least time between checkpoints [minutes]
+    # this algorithm
+    obs_mode: Literal["state", "cnn-test", "cnn", "cnn-rl", "ae", "critic"] = "critic"  # what x is
+    critic: Literal["v", "q"] = "v"  # v: V, fixed temperature (paper); q: target Qs, learned one
+    oracle: bool = False  # z is the task's parameter, and nothing is inferred
+    train_tasks: int = 20  # tasks to train on, of a family without end (code 100)
+    test_tasks: int = 10  # tasks to test on, of a family without end (code 30)
+    task_seed: int = 1337  # of the tasks' parameters
+    trajectory_steps: int = 0  # steps per trajectory; 0: the family's
+    initial_steps: int = 1000  # steps per training task by the untrained policy (code 2000)
+    tasks_per_iteration: int = 5  # training tasks that an iteration visits (code 5)
+    prior_steps: int | None = None  # of a visit, for Qs and context; z from the prior (None: 400)
+    posterior_steps: int = 0  # of a visit, for Qs and context; z inferred (code 0)
+    extra_steps: int | None = None  # of a visit, for the Qs alone; z inferred (None: 600)
+    updates_per_iteration: int = 1000  # updates after the visits of an iteration (code 2000)
+    meta_batch: int | None = None  # tasks per update (None: 16)
+    context_size: int | None = None  # transitions that z is inferred from (None: 100)
+    context_trajectories: int = 4  # trajectories that z is inferred from in an evaluation, at most
+    latent_dim: int = 5  # size of z (code 5)
+    next_obs_in_context: bool = False  # always, where tasks differ in their dynamics (code too)
+    hidden_dim: int = 300  # width of the hidden layers (code 300)
+    context_dim: int = 200  # width of the context encoder's hidden layers (code 200)
+    gamma: float = 0.99  # discount per step (code 0.99)
+    lr: float = 3e-4  # Adam's learning rate for actor, critics and context encoder (code 3e-4)
+    tau: float = 0.005  # Polyak coefficient of the target V or Qs (code 0.005)
+    kl_lambda: float = 0.1  # weight of the KL, which is a sum over tasks (code 0.1)
+    reward_scale: float = 5.0  # factor of the rewards in J(Q), not in the context (code 5)
+    frame_stack: int = 3  # images per observation
+    filters: int = 32  # channels of every conv layer
+    conv_strides: tuple[int, ...] = (2, 2, 2, 2)  # one 3x3 conv layer each
+    feature_dim: int = 50  # size of x with --obs-mode critic or ae
+    cnn_lr: float = 3e-4  # Adam's learning rate for CNN and decoder
+    cnn_pretrain_updates: int = 1000  # regressions of a cnn mode on the initial trajectories
+    rl_weight: float = 0.1  # of J(Q)'s gradient in the CNN with --obs-mode cnn-rl
+    encoder_tau: float = 0.05  # Polyak coefficient of the target encoder
+    latent_weight: float = 1e-6  # of the penalty |z|^2 / 2 (of x, with --obs-mode ae)
+    decoder_weight_decay: float = 1e-7  # L2 on the decoder, inside Adam
+
+    def __post_init__(self):
+        family = FAMILIES.get(self.env_id, FAMILIES["cheetah-vel"])  # find_family() refuses others
+        self.action_repeat = self.action_repeat or 1
+        self.trajectory_steps = self.trajectory_steps or family.steps
+        self.frame_stack = 1 if self.obs == "state" else self.frame_stack
+        self.next_obs_in_context |= family.reward is suite_reward  # the next x shows the dynamics
+        for name, value in PUBLISHED.get(self.env_id, PUBLISHED["cheetah-vel"]).items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+
+    @property
+    def obs(self):
+        """What PixelEnv shows, pixels or state."""
+        return "state" if self.obs_mode == "state" else "pixels"
+
+
+PUBLISHED = {  # in the code, what None stands for; other families are as cheetah-vel
+    "cheetah-vel": {"prior_steps": 400, "extra_steps": 600, "meta_batch": 16, "context_size": 100},
+    "cheetah-dir": {"prior_steps": 1000, "extra_steps": 1000, "meta_batch": 4, "context_size": 256},
+}
 SMOKE = {
     "env_id": "pendulum-goal2", "obs_mode": "critic", "image_size": 32, "render": "fast",
     "total_frames": 44_200, "initial_steps": 100, "tasks_per_iteration": 2, "prior_steps": 50,
@@ -97,223 +187,39 @@ SMOKE = {
     "gamma": 0.9, "tau": 0.01, "kl_lambda": 0.005, "context_trajectories": 2,
     "eval_every_frames": 11_050, "eval_episodes": 20,
 }  # fmt: skip
+MAY_BE_ZERO = {"cnn_pretrain_updates", "decoder_weight_decay", "extra_steps", "gamma", "kl_lambda",
+               "latent_weight", "posterior_steps", "prior_steps", "rl_weight", "seed",
+               "task_seed"}  # fmt: skip
+AT_MOST_ONE = {"encoder_tau", "gamma", "tau"}
 
 
-@dataclasses.dataclass
-class Args:
-    # every script
-    env_id: str = "cheetah-vel"  # <domain>-<task> of the dm_control suite (here, a family of tasks)
-    seed: int = 1  # of environment, networks and sampling; evaluation has its own
-    total_frames: int = 520_000  # length of the run [frames]
-    action_repeat: int = 1  # frames per step; 0: the published value for the task (1: see units)
-    image_size: int = 64  # side of the square image [pixels]
-    render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
-    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there, else mps, else cpu
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of matrix products and convs
-    cuda_graph: bool = True  # on CUDA: launch an update, or an action, as one graph
-    replay_capacity: int = 1_000_000  # rows, one per step and episode start; the run's if fewer
-    batch_size: int = 64  # samples per update (transitions, of each task; code 256)
-    eval_every_frames: int = 20_000  # distance between evaluations [frames]
-    eval_episodes: int = 2  # episodes per evaluation (of each task, for each number of contexts)
-    checkpoint_every_frames: int = 1000  # at the first episode end after so many [frames]
-    runs_dir: str = "runs"  # where the run's folder is made
-    resume: str = ""  # run folder to go on with; its arguments become the defaults
-    evaluate: str = ""  # run folder or checkpoint to play and film, with its own arguments
-    smoke: bool = False  # small images and networks that learn visibly in minutes on two CPU cores
-    track: bool = False  # log to Weights & Biases too, if it is installed
-    video: bool = True  # film the first episode of every evaluation
-    # this algorithm
-    obs_mode: Literal["state", "cnn-test", "cnn", "cnn-rl", "ae", "critic"] = "critic"  # what x is
-    critic: Literal["v", "q"] = "v"  # V, temperature 1 (paper); or target Qs, learned temperature
-    oracle: bool = False  # z is the task's parameter: nothing is inferred
-    train_tasks: int = 20  # tasks to train on, where there are infinitely many (paper 100)
-    test_tasks: int = 10  # tasks to test on, where there are infinitely many (paper 30)
-    task_seed: int = 1337  # of the tasks' parameters, of which the first are to train on
-    trajectory_steps: int = 0  # steps per trajectory (0: the family's)
-    initial_steps: int = 1000  # per training task, by the untrained policy (code 2000)
-    tasks_per_iteration: int = 5  # training tasks visited per iteration (code 5)
-    prior_steps: int = 400  # of a visit, z from the prior, for Qs and context (code 400)
-    posterior_steps: int = 0  # of a visit, z inferred but at first, for Qs and context (code 0)
-    extra_steps: int = 600  # of a visit, z inferred but at first, for Qs alone (code 600)
-    updates_per_iteration: int = 1000  # gradient updates per iteration (code 2000)
-    meta_batch: int = 16  # tasks per update (code 16)
-    context_size: int = 100  # transitions of context per task and update (code 100)
-    context_trajectories: int = 4  # trajectories of context in an evaluation, at most
-    latent_dim: int = 5  # size of z (code 5)
-    next_obs_in_context: bool = False  # always, where the dynamics differ (pendulum-gear, ...)
-    hidden_dim: int = 300  # width of the hidden layers (code 300)
-    context_dim: int = 200  # width of the context encoder (code 200)
-    gamma: float = 0.99  # discount per step (paper 0.99)
-    lr: float = 3e-4  # Adam step of actor, critics and context encoder (code 3e-4)
-    tau: float = 0.005  # part of the way that target V or Qs go at a time (code 0.005)
-    kl_lambda: float = 0.1  # weight of the KL, which is a sum over tasks (code 0.1)
-    reward_scale: float = 5.0  # of rewards in J(Q); the context has them as they are (code 5)
-    frame_stack: int = 3  # images per observation
-    filters: int = 32  # channels of every conv layer
-    conv_strides: tuple[int, ...] = (2, 2, 2, 2)  # one 3x3 conv layer each
-    feature_dim: int = 50  # size of what the encoder makes of an image
-    cnn_lr: float = 3e-4  # Adam step of CNN and decoder
-    cnn_pretrain_updates: int = 1000  # regressions of a cnn mode on the initial trajectories
-    rl_weight: float = 0.1  # of J(Q)'s gradient in the CNN with --obs-mode cnn-rl
-    encoder_tau: float = 0.05  # part of the way that the target encoder goes
-    latent_weight: float = 1e-6  # of the penalty |z|^2 / 2 (of x, with --obs-mode ae)
-    decoder_weight_decay: float = 1e-7  # L2 on the decoder, inside Adam
+def algorithm_checks(args):
+    """Rows of (flag, whether it is wrong, what to do) that only this script has."""
+    most = find_family(args.env_id).steps
+    convs_fit = min(conv_sizes(args.image_size, args.conv_strides)) >= 1
+    initial = len(plan(args, 0)) * args.trajectory_steps
+    return [
+        ("action_repeat", args.action_repeat != 1, "families set the step's length; leave it out"),
+        ("trajectory_steps", args.trajectory_steps > most, f"the family has {most}; lower it"),
+        ("prior_steps", not args.prior_steps + args.posterior_steps, "z needs context; raise it"),
+        ("total_frames", args.total_frames <= initial, f"{initial} are only initial; raise it"),
+        ("task_seed", args.task_seed >= 2**32, "must be below 2^32"),
+        ("latent_dim", args.oracle and args.latent_dim < 2, "theta can be 2 numbers; raise it"),
+        ("image_size", not convs_fit, "too small for these --conv-strides; raise it"),
+    ]
 
-
-MAY_BE_ZERO = {"action_repeat", "cnn_pretrain_updates", "decoder_weight_decay", "extra_steps",
-               "gamma", "kl_lambda", "latent_weight", "posterior_steps", "prior_steps",
-               "rl_weight", "seed", "task_seed", "trajectory_steps"}  # fmt: skip
-AT_MOST = {"conv_strides": 10, "encoder_tau": 1, "gamma": 1, "image_size": 4096,
-           "seed": 2**31 - 1, "task_seed": 2**32 - 1, "tau": 1}  # fmt: skip
-FREE_ON_RESUME = {"checkpoint_every_frames", "cuda_graph", "device", "eval_episodes",
-                  "eval_every_frames", "precision", "replay_capacity", "resume", "runs_dir",
-                  "smoke", "total_frames", "track", "video"}  # fmt: skip
-DYNAMICS = {"pendulum-gear", "pendulum-gravity", "pendulum-mass"}  # families that differ in them
-
-
-def refuse(name, why):
-    """Bad usage: one line that names the flag (or variable) and the remedy; exit status 2."""
-    flag = name if name.isupper() else "--" + name.replace("_", "-")
-    print(f"error: {flag}: {' '.join(str(why).split())}", file=sys.stderr)
-    sys.exit(2)
-
-
-def make_args(values):
-    """Args from JSON or a checkpoint, where tuples may have become lists."""
-    return Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-def parse_args():
-    """Args from the command line, over the defaults of a smoke run or of the run to resume."""
-    default = Args(**SMOKE) if "--smoke" in sys.argv else Args()
-    args = tyro.cli(Args, default=default, description=__doc__.splitlines()[0])
-    if args.resume:
-        try:
-            was = make_args(json.loads(Path(args.resume, "args.json").read_text()))
-        except (OSError, ValueError, TypeError, AttributeError) as e:
-            refuse("resume", f"{args.resume} is not a run folder of this script ({e})")
-        args = tyro.cli(Args, default=was)
-    check_args(args)
-    return args
-
-
-def check_args(args):
-    """Refuses what cannot work, before PyTorch is imported or anything written."""
-    for name, value in vars(args).items():
-        for number in value if isinstance(value, tuple) else [value]:
-            if isinstance(number, (int, float)) and not isinstance(number, bool):
-                if not 0 < number < math.inf and not (number == 0 and name in MAY_BE_ZERO):
-                    refuse(name, f"{number} is not a finite number above zero")
-                if number > AT_MOST.get(name, math.inf):
-                    refuse(name, f"{number} is above {AT_MOST[name]}")
-    args.action_repeat = args.action_repeat or ACTION_REPEAT.get(args.env_id, 2)
-    check_algorithm(args)
-    if args.replay_capacity < 1000:
-        refuse("replay_capacity", f"{args.replay_capacity} is below 1000, one long episode")
-    if args.track and not importlib.util.find_spec("wandb"):
-        refuse("track", "Weights & Biases is missing: pip install wandb")
-    if args.evaluate and args.resume:
-        refuse("evaluate", "cannot be combined with --resume; drop one of them")
-    if args.evaluate and not Path(args.evaluate).exists():
-        refuse("evaluate", f"there is no {args.evaluate}; give a run folder or a checkpoint")
-    with require_renderer():
-        from absl import logging
-
-        logging.set_verbosity("error")  # MuJoCo warns of dm_control's own XML files
-        import dm_control.suite
-    check_run(args, dm_control.suite.ALL_TASKS)
-
-
-def check_run(args, _):
-    """Refuses an unknown family, and longer trajectories than it has."""
-    if args.env_id not in HORIZON:
-        near = difflib.get_close_matches(args.env_id, HORIZON, 3, 0.4) or HORIZON
-        refuse("env_id", f"there is no family {args.env_id!r}, but {', '.join(near)}")
-    most = HORIZON[args.env_id]
-    args.trajectory_steps = args.trajectory_steps or most
-    if args.trajectory_steps > most:
-        refuse("trajectory_steps", f"{args.trajectory_steps} is above the family's {most}")
-    args.next_obs_in_context |= args.env_id in DYNAMICS
-    if args.oracle and args.env_id == "reacher-goal" and args.latent_dim < 2:
-        refuse("latent_dim", "the family's parameter has 2 numbers")
-
-
-@contextlib.contextmanager
-def require_renderer():
-    """Turns the many ways in which OpenGL can be missing into one line with the remedies."""
-    try:
-        yield
-    except ModuleNotFoundError:  # dm_control is not installed
-        raise
-    except Exception as e:
-        refuse("MUJOCO_GL", f"{os.environ.get('MUJOCO_GL')} cannot render ({e}). egl needs a GPU "
-               "driver or apt-get install libegl1 libgl1-mesa-dri; osmesa needs "
-               "apt-get install libosmesa6; glfw needs a screen")  # fmt: skip
-
-
-@contextlib.contextmanager
-def require_memory():
-    """Turns what NumPy and PyTorch raise where memory is short into one line."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as e:  # on a CPU, PyTorch has no class of its own for it
-        why = (str(e) or "more than there is").splitlines()[0]
-        if isinstance(e, MemoryError) or re.search("allocate|out of memory|Storage size", why):
-            sys.exit(f"error: memory: {why}; smaller networks, batches or counts need less")
-        raise
-
-
-def conv_sizes(size, strides):
-    """Side of the image and of every 3x3 conv layer's output [pixels]."""
-    sizes = [size]
-    for stride in strides:
-        sizes.append((sizes[-1] - 3) // stride + 1)
-    return sizes
-
-
-def check_algorithm(args):
-    """The part of check_args that is this script's own."""
-    if args.action_repeat != 1:
-        refuse("action_repeat", "families set the length of a step; leave it out")
-    if not args.conv_strides:
-        refuse("conv_strides", "there must be one conv layer at least")
-    if min(conv_sizes(args.image_size, args.conv_strides)) < 1:
-        least = functools.reduce(lambda n, stride: (n - 1) * stride + 3, args.conv_strides[::-1], 1)
-        refuse("image_size", f"{args.image_size} is too small for these convs; from {least} on")
-    if args.obs_mode == "state":
-        args.frame_stack = 1  # of states
-    if not args.prior_steps + args.posterior_steps:
-        refuse("prior_steps", "there is no context without steps for it; use more than 0")
-
-
-if __name__ == "__main__":  # up here, so that --help and a wrong flag need not wait for PyTorch
-    ARGS = parse_args()
-
-import imageio
-import mujoco
-import numpy as np
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from dm_control import suite
-from dm_control.mujoco.engine import Camera
-from dm_control.rl import control
-from dm_control.utils import rewards
-from filelock import FileLock, Timeout  # comes with torch
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 # ---- task families -----------------------------------------------------------------------------
 
 
 class MetaTask:
     """A task of the suite with a parameter theta that decides the reward or the dynamics. Nothing
-    shows theta: targets are invisible, and what points at them is left out of observations."""
+    shows theta: targets are invisible, and observations leave out what points at them."""
 
-    def __init__(self, task, env_id):
-        self.task, self.family = task, FAMILIES[env_id]
-        self.theta = split(Args(env_id=env_id))[0][0]  # until collect() or evaluate() sets another
+    def __init__(self, task, family):
+        self.task = task
+        self.family = family
+        self.theta = family.thetas[0]  # until collect() or evaluate() sets another
 
     def __getattr__(self, name):
         return getattr(self.task, name)  # everything else is the suite's
@@ -322,13 +228,14 @@ class MetaTask:
         """The suite's start, then theta's changes to the model."""
         self.task.initialize_episode(physics)
         if "rootx" in physics.named.data.qpos.axes.row.names:
-            physics.named.model.geom_pos[0, "x"] = 0.0  # the floor, or it ends two metres back
-        self.family.apply(physics, self.theta)
+            physics.named.model.geom_pos[0, "x"] = 0.0  # the floor, which would end 2 m behind
+        self.family.change(physics, self.theta)
         physics.forward()
 
     def before_step(self, action, physics):
-        """Keeps action (A,) and joint positions for the reward."""
-        self.action, self.qpos = np.array(action), physics.data.qpos.copy()
+        """Keeps the action (A,) and the joints' positions for the reward."""
+        self.action = np.array(action)
+        self.qpos = physics.data.qpos.copy()
         self.task.before_step(action, physics)
 
     def get_observation(self, physics):
@@ -354,29 +261,39 @@ class MetaTask:
 class Family(NamedTuple):
     """Tasks that differ in theta."""
 
-    base: str  # task of the suite that it is made of
+    base: str  # the suite's task that they are made of
     dt: float  # length of a step [s]
-    thetas: object  # function of a RandomState that draws one; or a tuple of all there are
+    steps: int  # of a whole trajectory
+    thetas: object  # a list of all there are; or the bounds, a tuple of two, to draw between
     reward: object  # function of MetaTask and physics
-    apply: object = lambda physics, theta: None  # changes the model at an episode's start
+    change: object = lambda physics, theta: None  # changes the model at a trajectory's start
 
 
 def walker_reward(task, physics):
-    """The suite's for walking, 0 to 1, at theta metres per second."""
-    standing = rewards.tolerance(physics.torso_height(), (1.2, math.inf), margin=0.6)
-    stand = (3 * standing + (1 + physics.torso_upright()) / 2) / 4
-    return stand * (1 + 5 * max(0.0, 1 - abs(task.velocity(physics) - task.theta))) / 6
+    """The suite's for standing, 0 to 1, of which the speed theta [m/s] is worth five sixths."""
+    near = max(0.0, 1 - abs(task.velocity(physics) - task.theta))
+    return task.task.get_reward(physics) * (1 + 5 * near) / 6
 
 
 def cartpole_reward(task, physics):
-    """0 to 1: the pole upright and the cart at theta; less the effort."""
+    """0 to 1, with the pole upright and the cart at theta; less the effort."""
     upright = (1 + physics.pole_angle_cosine().item()) / 2
     near = math.exp(-2 * abs(physics.named.data.qpos["slider"].item() - task.theta))
     return upright * near - task.effort()
 
 
+def angle_reward(task, physics):
+    """-1 to 1: the cosine of the angle between pole and theta, which counts from hanging [rad]."""
+    return math.cos(physics.data.qpos[0] - math.pi - task.theta)
+
+
+def suite_reward(task, physics):
+    """The suite's. Theta is in the dynamics."""
+    return task.task.get_reward(physics)
+
+
 def put_target(physics, theta):
-    """At polar coordinates (radius, angle), invisible."""
+    """Puts the target at polar coordinates (radius, angle) and makes it invisible."""
     radius, angle = theta
     xy = radius * math.cos(angle), radius * math.sin(angle)
     physics.named.model.geom_pos["target", ["x", "y"]] = xy
@@ -384,359 +301,90 @@ def put_target(physics, theta):
 
 
 def put_point_and_target(physics, theta):
-    """The point at the origin, the target 0.2 m from it at angle theta."""
+    """Puts the point at the origin and the target 0.2 m from it at angle theta."""
     physics.data.qpos[:] = 0.0
     put_target(physics, (0.2, theta))
 
 
-def set_mass(physics, theta):
-    """The pole weighs theta kg."""
-    angle, physics.named.model.body_mass["pole"] = physics.data.qpos.copy(), theta
-    mujoco.mj_setConst(physics.model.ptr, physics.data.ptr)
-    physics.data.qpos[:] = angle  # which that had reset
-
-
 def tame_pendulum(physics, theta):
-    """A constant torque turns the pole to an angle and holds it, up to 1.2 rad from hanging; a
+    """Lets a constant torque turn the pole to an angle and hold it, up to 1.2 rad from hanging. A
     target beyond that can only be approached."""
-    physics.model.actuator_gear[0, 0], physics.model.dof_damping[0] = 4.5, 1.0
+    physics.model.actuator_gear[0, 0] = 4.5
+    physics.model.dof_damping[0] = 1.0
 
 
-def angle_reward(task, physics):
-    """-1 to 1: the cosine of the way to theta, counted from hanging [rad]."""
-    return math.cos(physics.data.qpos[0] - math.pi - task.theta)
-
-
-def suite_reward(task, physics):
-    """The suite's: theta is in the dynamics."""
-    return task.task.get_reward(physics)
-
-
-FAMILIES = {
-    "cheetah-vel": Family("cheetah-run", 0.05, lambda r: r.uniform(0, 3),
+FAMILIES = {  # base, dt, steps, thetas, reward, change
+    "cheetah-vel": Family("cheetah-run", 0.05, 200, (0, 3),
                           lambda t, p: -abs(t.velocity(p) - t.theta) - t.effort()),
-    "cheetah-dir": Family("cheetah-run", 0.05, (-1.0, 1.0),
+    "cheetah-dir": Family("cheetah-run", 0.05, 200, [-1.0, 1.0],
                           lambda t, p: t.theta * t.velocity(p) - t.effort()),
-    "walker-vel": Family("walker-walk", 0.05, lambda r: r.uniform(0, 2), walker_reward),
-    "cartpole-goal": Family("cartpole-balance", 0.02, lambda r: r.uniform(-1, 1),
-                            cartpole_reward),
-    "reacher-goal": Family("reacher-easy", 0.04,
-                           lambda r: (r.uniform(0.05, 0.2), r.uniform(-math.pi, math.pi)),
+    "walker-vel": Family("walker-stand", 0.05, 200, (0, 2), walker_reward),
+    "cartpole-goal": Family("cartpole-balance", 0.02, 200, (-1, 1), cartpole_reward),
+    "reacher-goal": Family("reacher-easy", 0.04, 100, ((0.05, -math.pi), (0.2, math.pi)),
                            lambda t, p: -p.finger_to_target_dist(), put_target),
-    "point-goal": Family("point_mass-easy", 0.1, lambda r: r.uniform(-math.pi, math.pi),
+    "point-goal": Family("point_mass-easy", 0.1, 20, (-math.pi, math.pi),
                          lambda t, p: -p.mass_to_target_dist(), put_point_and_target),
-    "pendulum-goal2": Family("pendulum-swingup", 0.04, (-math.pi / 2, math.pi / 2),
+    "pendulum-goal2": Family("pendulum-swingup", 0.04, 25, [-math.pi / 2, math.pi / 2],
                              angle_reward, tame_pendulum),
-    "pendulum-goal": Family("pendulum-swingup", 0.04, lambda r: r.uniform(-1.8, 1.8),
+    "pendulum-goal": Family("pendulum-swingup", 0.04, 25, (-1.8, 1.8),
                             angle_reward, tame_pendulum),
-    "pendulum-gear": Family("pendulum-swingup", 0.02, (-1.0, 1.0), suite_reward,
-                            lambda p, theta: p.model.actuator_gear.__setitem__((0, 0), theta)),
-    "pendulum-gravity": Family("pendulum-swingup", 0.02, lambda r: r.uniform(5, 15),
-                               suite_reward,
-                               lambda p, theta: p.model.opt.gravity.__setitem__(2, -theta)),
-    "pendulum-mass": Family("pendulum-swingup", 0.02, lambda r: r.uniform(0.5, 2),
-                            suite_reward, set_mass),
-}
+    "pendulum-gear": Family("pendulum-swingup", 0.02, 200, [-1.0, 1.0], suite_reward,
+                            lambda p, theta: p.model.actuator_gear[:, 0].fill(theta)),
+    "pendulum-gravity": Family("pendulum-swingup", 0.02, 200, (5, 15), suite_reward,
+                               lambda p, theta: p.model.opt.gravity[2:].fill(-theta)),
+    "pendulum-mass": Family("pendulum-swingup", 0.02, 200, (0.5, 2), suite_reward,
+                            lambda p, theta: p.model.body_mass[1:].fill(theta)),
+}  # fmt: skip
+
+
+def find_family(env_id):
+    """The Family of this name."""
+    if env_id not in FAMILIES:
+        near = difflib.get_close_matches(env_id, FAMILIES, 3, 0.4) or FAMILIES
+        raise UsageError("env_id", f"there is no family {env_id!r}, but {', '.join(near)}")
+    return FAMILIES[env_id]
 
 
 def split(args):
-    """Parameters of the tasks to train on and of those to test on, whatever --seed is. Two-task
-    families train and test on both."""
-    family, random = FAMILIES[args.env_id], np.random.RandomState(args.task_seed)
-    if isinstance(family.thetas, tuple):
-        return list(family.thetas), list(family.thetas)
-    thetas = [family.thetas(random) for _ in range(args.train_tasks + args.test_tasks)]
-    return thetas[: args.train_tasks], thetas[args.train_tasks :]
+    """Parameters of the tasks to train on and of those to test on, whatever --seed is. A family of
+    two tasks trains and tests on both."""
+    thetas = find_family(args.env_id).thetas
+    if isinstance(thetas, list):
+        return thetas, thetas
+    random = np.random.RandomState(args.task_seed)
+    drawn = [random.uniform(*thetas) for _ in range(args.train_tasks + args.test_tasks)]
+    return drawn[: args.train_tasks], drawn[args.train_tasks :]
 
 
-# ---- PixelEnv (shared: the same text in every script) -------------------------------------------
+# ---- networks ----------------------------------------------------------------------------------
 
 
-class EnvSpec(NamedTuple):
-    obs_shape: tuple  # (3, H, W) of an image or (S,) of a state vector
-    obs_dtype: torch.dtype
-    action_dim: int
-    state_dim: int = 0  # of Step.state
+def conv_sizes(size, strides):
+    """Side of the image and of every 3x3 conv layer's output [pixels]."""
+    sizes = [size]
+    for stride in strides:
+        sizes.append((sizes[-1] - 3) // stride + 1)
+    return sizes
 
 
-class Step(NamedTuple):
-    obs: np.ndarray  # what the agent sees: image uint8 (3, H, W), or the state
-    state: np.ndarray  # the task's own observation, flattened, float32 (S,)
-    action: np.ndarray  # what led here, float32 (A,); zeros where an episode starts
-    reward: float  # summed over the action repeat
-    discount: float  # 0 where the task ended for good; 1 everywhere else, at a time limit too
-    first: bool  # an episode starts
-    last: bool  # the episode is over
-
-
-def load_task(env_id, random):
-    """The dm_control environment of a family."""
-    family = FAMILIES[env_id]
-    env = suite.load(*family.base.split("-", 1), {"random": random})
-    return control.Environment(env.physics, MetaTask(env.task, env_id), control_timestep=family.dt,
-                               time_limit=(HORIZON[env_id] - 0.5) * family.dt)  # 0.5: rounding
-
-
-class PixelEnv:
-    """A dm_control suite task: action repeat, a camera, a random state that can be restored.
-
-    render="exact" gives the pixels of physics.render; "fast" leaves out shadows, reflections and
-    smooth edges, about 40 times as fast without a GPU. Actions are (A,) in [-1, 1].
-    """
-
-    def __init__(self, env_id, seed, action_repeat, image_size, render, pixels=True, video_size=0):
-        self.random = np.random.RandomState(seed)
-        self.env = load_task(env_id, self.random)
-        self.action_repeat, self.image_size, self.pixels = action_repeat, image_size, pixels
-        self.camera_id = 2 if env_id.startswith("quadruped") else 0
-        self.cameras, self.flags = {}, {}
-        action_spec = self.env.action_spec()
-        bounds = action_spec.minimum, action_spec.maximum  # infinite ones (lqr) become -1, 1
-        self.low, self.high = (np.where(np.abs(b) > 1e6, np.sign(b), b) for b in bounds)
-        vis = self.env.physics.model.vis
-        vis.global_.offwidth = vis.global_.offheight = max(image_size, video_size)
-        if render == "fast":
-            vis.quality.offsamples, vis.quality.numslices, vis.quality.numstacks = 0, 8, 6
-            self.flags = {"shadow": False, "reflection": False}
-        dtype = torch.uint8 if pixels else torch.float32
-        first = self.reset()
-        self.spec = EnvSpec(first.obs.shape, dtype, len(self.low), len(first.state))
-        self.fps = max(1, round(1 / (self.env.control_timestep() * action_repeat)))  # of a video
-        self.random.seed(seed)  # as if the reset above, for the shapes, had not been
-
-    def reset(self):
-        """First Step of a new episode."""
-        self.start, self.actions = self.random.get_state(), []
-        return self._see(self.env.reset(), 0.0)
-
-    def step(self, action):
-        """Next Step; the action is repeated until the episode ends at most."""
-        assert not self.last, "the episode is over: reset() comes next"
-        self.actions.append(action.tolist())
-        control = self.low + (np.array(self.actions[-1]) + 1) / 2 * (self.high - self.low)
-        reward = 0.0
-        for _ in range(self.action_repeat):
-            time_step = self.env.step(control)
-            reward += time_step.reward
-            if time_step.last():
-                break
-        return self._see(time_step, reward)
-
-    def _see(self, time_step, reward):
-        self.last = time_step.last()
-        state = np.concatenate([np.ravel(v) for v in time_step.observation.values()])
-        obs = state = state.astype(np.float32)  # obs: unless the agent sees pixels
-        if self.pixels:
-            obs = self.render(self.image_size).transpose(2, 0, 1).copy()
-        action = np.float32(self.actions[-1] if self.actions else [0.0] * len(self.low))
-        discount = 1.0 if time_step.discount is None else time_step.discount
-        return Step(obs, state, action, float(reward), float(discount), not self.actions, self.last)
-
-    def render(self, size):
-        """Image (size, size, 3) uint8; copy it, the camera draws into the same array again."""
-        if size not in self.cameras:
-            self.cameras[size] = Camera(self.env.physics, size, size, self.camera_id)
-        return self.cameras[size].render(render_flag_overrides=self.flags)
-
-    def state_dict(self):
-        """The random state at the episode's start and the actions since then."""
-        name, keys, *rest = self.start
-        return {"random": [name, keys.tolist(), *rest], "actions": list(self.actions)}
-
-    def load_state_dict(self, state):
-        """Plays the episode again up to where it was saved and returns that Step. Setting the
-        simulator's state instead would not be exact: some of it cannot be read."""
-        self.random.set_state(tuple(state["random"]))
-        step = self.reset()
-        for action in state["actions"]:
-            step = self.step(np.float32(action))
-        return step
-
-    def close(self):
-        """Frees the renderer (OSMesa complains at exit otherwise)."""
-        self.env.physics.free()
-
-
-# ---- ReplayBuffer (shared: the same text in every script) ---------------------------------------
-
-
-def upload(values, device):
-    """Array, number or tensor as a tensor on `device`. To CUDA from pinned memory, so that nothing
-    waits for what the GPU still has to do."""
-    tensor, cuda = torch.as_tensor(values), device.startswith("cuda")
-    tensor = tensor.pin_memory() if cuda and tensor.is_cpu else tensor
-    return tensor.to(device, non_blocking=cuda)
-
-
-class ReplayBuffer:
-    """Ring of rows on `device`. Every image is kept once, as uint8; stacks are made when sampled.
-
-    Row t holds image t, the action that led to it (zeros at an episode's start), the reward and
-    the discount on arriving. A transition is rows t and t + 1. Rows are counted from the run's
-    start; row t lies in slot t % capacity. Nothing that is sampled reaches across episodes.
-    """
-
-    def __init__(self, capacity, spec, device):
-        self.capacity, self.device = capacity, device
-        self.row = self.saved = 0  # next row, next row to save
-        self.columns = {
-            "obs": torch.empty((capacity, *spec.obs_shape), dtype=spec.obs_dtype, device=device),
-            "action": torch.empty((capacity, spec.action_dim), device=device),
-            "reward": torch.empty((capacity, 1), device=device),
-            "discount": torch.empty((capacity, 1), device=device),
-        }
-        self.start = np.zeros(capacity, np.int64)  # the row at which the row's episode starts
-
-    @staticmethod
-    def row_bytes(spec):
-        """Memory of one row [bytes]."""
-        obs = math.prod(spec.obs_shape) * spec.obs_dtype.itemsize
-        return obs + 4 * spec.action_dim + 4 + 4 + 8  # reward, discount, start
-
-    def add(self, step):
-        """Appends a Step."""
-        slot, before = self.row % self.capacity, (self.row - 1) % self.capacity
-        self.start[slot] = self.row if step.first else self.start[before]
-        for name, column in self.columns.items():
-            column[slot] = upload(getattr(step, name), self.device)
-        self.row += 1
-
-    def draw(self, rng, count, oldest, length, together):
-        """First rows (count,) of windows of `length` rows, none before `oldest`, whose last
-        `together` rows are of one episode; uniform, with replacement. Raises if there are hardly
-        any."""
-        rows = np.empty(0, np.int64)
-        for _ in range(1000):
-            new = rng.integers(oldest, self.row - length + 1, count)
-            starts = self.start[(new + length - 1) % self.capacity]  # of the last rows' episodes
-            rows = np.append(rows, new[starts <= new + length - together])
-            if len(rows) >= count:
-                return rows[:count]
-        raise ValueError(f"the replay buffer holds hardly any episode of {together} rows")
-
-    def gather(self, column, rows):
-        """Rows of a column, (*rows.shape, ...). On a CPU index_select is much faster than [ ]."""
-        slots = upload(rows.ravel() % self.capacity, self.device)
-        return self.columns[column].index_select(0, slots).unflatten(0, rows.shape)
-
-    def transitions(self, rng, batch_size, stack):
-        """Batch of obs, next_obs (B, stack * C, H, W), action (B, A), reward, discount (B, 1).
-
-        Before an episode's first image, a stack repeats it.
-        """
-        oldest = self.row - self.capacity  # a stack must not reach before it
-        oldest = oldest + stack - 1 if oldest > 0 else 0
-        rows = self.draw(rng, batch_size, oldest, length=2, together=2)
-        starts = self.start[rows % self.capacity]
-        window = np.maximum(rows[:, None] + np.arange(1 - stack, 2), starts[:, None])
-        obs = self.gather("obs", window)  # (B, stack + 1, C, H, W)
-        batch = {key: self.gather(key, rows + 1) for key in ("action", "reward", "discount")}
-        return {"obs": obs[:, :-1].flatten(1, 2), "next_obs": obs[:, 1:].flatten(1, 2), **batch}
-
-    def sequences(self, rng, batch_size, length, together):
-        """Batch of all columns (B, T, ...) and is_first (B, T): T rows of which at least the last
-        `together` are of one episode; where is_first, one starts."""
-        rows = self.draw(rng, batch_size, max(0, self.row - self.capacity), length, together)
-        rows = rows[:, None] + np.arange(length)
-        is_first = upload(self.start[rows % self.capacity] == rows, self.device)
-        return {"is_first": is_first, **{key: self.gather(key, rows) for key in self.columns}}
-
-    def save(self, folder):
-        """Writes the rows since the last save, 1000 a file, each file named by its first row."""
-        for first in range(self.saved, self.row, 1000):
-            rows = np.arange(first, min(first + 1000, self.row))
-            chunk = {key: self.gather(key, rows).cpu() for key in self.columns}
-            chunk["start"] = torch.as_tensor(self.start[rows % self.capacity])
-            write_file(chunk, folder / f"{first:010d}.pt")
-        self.saved = self.row
-
-    def load(self, folder, row):
-        """Fills the buffer with the rows before `row` from the files that save() wrote."""
-        while self.row < row:
-            chunk = read_file(folder / f"{self.row:010d}.pt")
-            rows = np.arange(self.row, self.row + len(chunk["start"]))[-self.capacity :]
-            slots = torch.as_tensor(rows % self.capacity)
-            for key, column in self.columns.items():
-                column[slots.to(self.device)] = chunk[key][-len(rows) :].to(self.device)
-            self.start[slots] = chunk["start"][-len(rows) :]
-            self.row = self.saved = self.row + len(chunk["start"])
-
-
-def free_memory(device):
-    """Bytes free on `device`, within a container's limit; infinite where the system is silent."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-
-    def read(path, word, default):
-        try:
-            return int(re.search(rf"{word}\W*(\d+)", Path(path).read_text())[1])
-        except (OSError, TypeError):  # no such file; no number in it
-            return default
-
-    limit, group = read("/sys/fs/cgroup/memory.max", "", math.inf), "/sys/fs/cgroup/memory.stat"
-    machine = 1024 * read("/proc/meminfo", "MemAvailable", math.inf)
-    return min(machine, limit - read(group, "anon", 0))
-
-
-# ---- TaskBuffer --------------------------------------------------------------------------------
-
-
-class TaskBuffer(ReplayBuffer):
-    """The replay buffer of all training tasks, with the state beside the image. For each task two
-    lists of the rows at which its trajectories start: of all of them (rl), and of those that z may
-    be inferred from (enc). They are the checkpoint's; all rows of a run are kept."""
-
-    def __init__(self, capacity, spec, device, horizon):
-        super().__init__(capacity, spec, device)
-        self.columns["state"] = torch.empty((capacity, spec.state_dim), device=device)
-        self.horizon = horizon
-
-    def watch(self, thetas, rl, enc, latent_dim):
-        """Takes the tasks' parameters and lists; the parameters also as a z (tasks, L)."""
-        self.task_thetas, self.rl, self.enc = thetas, rl, enc
-        self.thetas = torch.stack([as_z(theta, latent_dim) for theta in thetas])
-
-    def pick(self, starts, rng, count):
-        """Rows (count,) at which transitions of trajectories begin, with replacement. Trajectories
-        have `horizon` steps, none fewer."""
-        i = rng.integers(0, len(starts) * self.horizon, count)
-        return np.array(starts)[i // self.horizon] + i % self.horizon
-
-    def at(self, rows, stack):
-        """The transitions that begin at rows (T, N), which are slots: {name: (T, N, ...)}."""
-        window = np.maximum(rows[..., None] + np.arange(1 - stack, 2), self.start[rows][..., None])
-        obs = self.gather("obs", window)  # (T, N, stack + 1, C, H, W)
-        out = {key: self.gather(key, rows + 1) for key in ("action", "reward", "discount")}
-        out |= {"state": self.gather("state", rows), "next_state": self.gather("state", rows + 1)}
-        return out | {"obs": obs[:, :, :-1].flatten(2, 3), "next_obs": obs[:, :, 1:].flatten(2, 3)}
-
-
-def as_z(theta, latent_dim):
-    """A task's parameter in the first places of a z (L,), for --oracle."""
-    values = torch.atleast_1d(torch.as_tensor(theta, dtype=torch.float32))
-    return F.pad(values, (0, latent_dim - len(values)))
-
-
-# ---- helpers -----------------------------------------------------------------------------------
-
-
-class Linear32(nn.Linear):
-    """A layer that stays out of bfloat16: values, logits and means need more digits."""
+class Float32Linear(nn.Linear):
+    """A linear layer that stays out of bfloat16: values, logits and means need more digits."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
             return super().forward(x.to(self.weight.dtype))
 
 
-def mlp(in_dim, hidden_dim, layers, out_dim, last=3e-3):
-    """Hidden ReLU layers and a linear one, which starts near zero."""  # D8
-    dims, net = [in_dim] + layers * [hidden_dim], []
-    for i in range(layers):
-        net += [nn.Linear(dims[i], dims[i + 1]), nn.ReLU()]
-    net.append(Linear32(dims[-1], out_dim))
-    for p in net[-1].parameters():
-        nn.init.uniform_(p, -last, last)
-    return nn.Sequential(*net)
+def mlp(in_dim, hidden_dim, out_dim, last=3e-3):
+    """Three hidden ReLU layers and a linear one, which starts near zero."""
+    layers = []
+    for width in (in_dim, hidden_dim, hidden_dim):
+        layers += [nn.Linear(width, hidden_dim), nn.ReLU()]  # D8
+        nn.init.constant_(layers[-2].bias, 0.1)
+    layers.append(Float32Linear(hidden_dim, out_dim))
+    for parameter in layers[-1].parameters():
+        nn.init.uniform_(parameter, -last, last)
+    return nn.Sequential(*layers)
 
 
 def preprocess(obs):
@@ -763,6 +411,49 @@ def product_of_gaussians(mu, var):
     return var * (mu * precision).sum(1), var
 
 
+def sample_z(mu, var):
+    """A sample (T, L) of the Gaussians with this mean and variance (T, L)."""
+    return mu + var.sqrt() * torch.randn_like(mu)
+
+
+def as_z(theta, latent_dim):
+    """A task's parameter in the first places of a z (L,), for --oracle."""
+    values = torch.atleast_1d(torch.as_tensor(theta, dtype=torch.float32))
+    return F.pad(values, (0, latent_dim - len(values)))
+
+
+class Encoder(nn.Sequential):
+    """Stacked images (M, K * C, H, W) in [0, 1] -> x (M, X): an estimate of the standardised state,
+    or (bounded) features without a given meaning."""
+
+    def __init__(self, obs_shape, x_dim, bounded, args):
+        layers = []
+        channels = obs_shape[0]
+        for stride in args.conv_strides:
+            layers += [nn.Conv2d(channels, args.filters, 3, stride), nn.ReLU()]
+            channels = args.filters
+        side = conv_sizes(obs_shape[-1], args.conv_strides)[-1]
+        layers += [nn.Flatten(), Float32Linear(channels * side**2, x_dim)]
+        if bounded:
+            layers += [nn.LayerNorm(x_dim), nn.Tanh()]
+        super().__init__(*layers)
+
+
+class Decoder(nn.Sequential):
+    """z (B, D) -> image stack (B, K * C, H, W), centred at 0: the encoder backwards."""
+
+    def __init__(self, obs_shape, z_dim, args):
+        sizes = conv_sizes(obs_shape[-1], args.conv_strides)
+        n = args.filters
+        layers = [nn.Linear(z_dim, n * sizes[-1] ** 2), nn.ReLU()]
+        layers += [nn.Unflatten(1, (n, sizes[-1], sizes[-1]))]
+        for i, stride in reversed(list(enumerate(args.conv_strides))):
+            missing = sizes[i] - (sizes[i + 1] - 1) * stride - 3  # what the conv's stride cut off
+            out = n if i else obs_shape[0]
+            layers += [nn.ConvTranspose2d(n, out, 3, stride, output_padding=missing), nn.ReLU()]
+        super().__init__(*layers[:-1])
+
+
 def minimize(loss, *optimizers):
     """One step of each optimizer on `loss`. Gradients go to the optimizers' own parameters and
     nowhere else, whatever the loss was computed with."""
@@ -782,57 +473,31 @@ def soft_update(net, target, tau):
         t.lerp_(p, tau)
 
 
-# ---- networks ----------------------------------------------------------------------------------
-
-
-class Encoder(nn.Sequential):
-    """Stacked images (N, K * C, H, W) in [0, 1] -> x (N, X): an estimate of the standardised state,
-    or (bounded) features of no given meaning."""
-
-    def __init__(self, obs_shape, x_dim, bounded, args):
-        sizes, layers, channels = conv_sizes(obs_shape[-1], args.conv_strides), [], obs_shape[0]
-        for stride in args.conv_strides:
-            layers += [nn.Conv2d(channels, args.filters, 3, stride), nn.ReLU()]
-            channels = args.filters
-        layers += [nn.Flatten(), Linear32(channels * sizes[-1] ** 2, x_dim)]
-        super().__init__(*layers, *([nn.LayerNorm(x_dim), nn.Tanh()] if bounded else []))
-
-
-class Decoder(nn.Sequential):
-    """z (B, D) -> image stack (B, K * C, H, W), centred at 0: the encoder backwards."""
-
-    def __init__(self, obs_shape, z_dim, args):
-        sizes, n = conv_sizes(obs_shape[-1], args.conv_strides), args.filters
-        layers = [nn.Linear(z_dim, n * sizes[-1] ** 2), nn.ReLU()]
-        layers += [nn.Unflatten(1, (n, sizes[-1], sizes[-1]))]
-        for i, stride in reversed(list(enumerate(args.conv_strides))):
-            missing = sizes[i] - (sizes[i + 1] - 1) * stride - 3  # what the conv's stride cut off
-            out = n if i else obs_shape[0]
-            layers += [nn.ConvTranspose2d(n, out, 3, stride, output_padding=missing), nn.ReLU()]
-        super().__init__(*layers[:-1])
-
-
 # ---- Agent -------------------------------------------------------------------------------------
 
 
 class Agent(nn.Module):
-    """update, the algorithm, to be read first; a method per loss; act."""
+    """PEARL. Read update() first: it is the algorithm; each loss is a method."""
+
+    updates = 0  # made so far; the training loop counts them
 
     def __init__(self, args, spec):
         super().__init__()
-        self.args, self.updates, self.action_dim = args, 0, spec.action_dim
-        self.x_is_features = args.obs_mode in ("ae", "critic")  # x is features, not the state
+        self.args = args
+        self.spec = spec
+        self.x_is_features = args.obs_mode in ("ae", "critic")  # and not a state
+        self.regresses = args.obs_mode in ("cnn", "cnn-rl", "cnn-test")
         self.true_state = args.obs_mode == "cnn-test"  # in training; evaluate() chooses for itself
         A, L = spec.action_dim, args.latent_dim
         x_dim = args.feature_dim if self.x_is_features else spec.state_dim
-        net = functools.partial(mlp, hidden_dim=args.hidden_dim, layers=3)
-        self.actor = net(x_dim + L, out_dim=2 * A, last=1e-3)
-        self.q1, self.q2 = (net(x_dim + A + L, out_dim=1) for _ in range(2))
-        in_dim = (2 if args.next_obs_in_context else 1) * x_dim + A + 1
-        self.context_encoder = mlp(in_dim, args.context_dim, 3, 2 * L)
+        self.actor = mlp(x_dim + L, args.hidden_dim, 2 * A, last=1e-3)
+        self.q1 = mlp(x_dim + A + L, args.hidden_dim, 1)
+        self.q2 = mlp(x_dim + A + L, args.hidden_dim, 1)
+        self.v = mlp(x_dim + L, args.hidden_dim, 1) if args.critic == "v" else None
+        seen = x_dim * (1 + args.next_obs_in_context) + A + 1  # of a transition
+        self.context_encoder = mlp(seen, args.context_dim, 2 * L)
         self.register_buffer("state_mean", torch.zeros(spec.state_dim))
         self.register_buffer("state_std", torch.ones(spec.state_dim))
-        self.v = net(x_dim + L, out_dim=1) if args.critic == "v" else None
         if args.obs_mode != "state":
             images = (args.frame_stack * spec.obs_shape[0], *spec.obs_shape[1:])
             self.cnn = Encoder(images, x_dim, self.x_is_features, args)
@@ -840,38 +505,39 @@ class Agent(nn.Module):
             self.decoder = Decoder(images, x_dim, args)
         self.to(args.device, memory_format=torch.channels_last)
 
-        # Who trains what: each network has an optimizer, and a loss moves those that it is given to
-        # minimize with, nothing else.
+        # Who trains what: each network has an optimizer, and a loss moves the networks whose
+        # optimizers are given to minimize() with it, and nothing else.
+        adam = functools.partial(torch.optim.Adam, fused=True)
         self.optimizers = {}
-        for name, module in self.named_children():
+        for name, network in self.named_children():
             lr = args.cnn_lr if name in ("cnn", "decoder") else args.lr
             decay = args.decoder_weight_decay if name == "decoder" else 0.0
-            self.optimizers[name] = torch.optim.Adam(
-                module.parameters(), lr, weight_decay=decay, fused=True)
-        if self.v is None:
+            self.optimizers[name] = adam(network.parameters(), lr, weight_decay=decay)
+        if args.critic == "q":
             self.log_alpha = nn.Parameter(torch.zeros((), device=args.device))
-            self.optimizers["alpha"] = torch.optim.Adam([self.log_alpha], args.lr, fused=True)
-        self.taus = dict.fromkeys(["q1", "q2"] if self.v is None else ["v"], args.tau)
+            self.optimizers["alpha"] = adam([self.log_alpha], args.lr)
+        self.taus = dict.fromkeys(["v"] if args.critic == "v" else ["q1", "q2"], args.tau)
         if self.x_is_features:
             self.taus["cnn"] = args.encoder_tau
         for name in self.taus:  # the networks that have a target
             target = copy.deepcopy(self.get_submodule(name)).requires_grad_(False)
             self.add_module(f"target_{name}", target)
 
-    def prior(self, theta):
-        """Mean and variance (1, L) of z before any context; with --oracle, all there is to know."""
-        mu = as_z(theta, self.args.latent_dim).to(self.args.device)[None]
-        return (mu, torch.zeros_like(mu)) if self.args.oracle else (0 * mu, torch.ones_like(mu))
-
     def standardise(self, state):
         """States (..., S) in units of the initial trajectories' spread."""
-        return (state - self.state_mean) / self.state_std
+        return (state - self.state_mean) / self.state_std  # D9
 
-    def see(self, obs, state, true_state, target=False):
-        """x (M, X) of stacked images (M, K * C, H, W), or of states (M, S)."""
-        if self.args.obs_mode == "state" or true_state:
+    def features_for(self, obs, state, true_state, target=False):
+        """x (..., X) of stacked images (..., K * C, H, W), or of states (..., S)."""
+        if true_state or self.args.obs_mode == "state":
             return self.standardise(state)
-        return (self.target_cnn if target else self.cnn)(preprocess(obs))
+        cnn = self.target_cnn if target else self.cnn
+        return cnn(preprocess(obs.flatten(0, -4))).unflatten(0, obs.shape[:-3])
+
+    def prior(self, theta):
+        """Mean and variance (1, L) of z before any context; with --oracle all there is to know."""
+        mu = as_z(theta, self.args.latent_dim).to(self.args.device)[None]
+        return (mu, torch.zeros_like(mu)) if self.args.oracle else (0 * mu, torch.ones_like(mu))
 
     def infer(self, x, action, reward, next_x):
         """Mean and variance (T, L) of q(z | c), from context (T, N, X), (T, N, A), (T, N, 1)."""
@@ -879,24 +545,22 @@ class Agent(nn.Module):
         mu, var = self.context_encoder(torch.cat(parts, -1)).chunk(2, -1)
         return product_of_gaussians(mu, F.softplus(var))  # [PEARL product]
 
+    def posterior(self, context):
+        """Mean and variance (T, L) of q(z | c), from context (T, N, ...) of the replay buffer."""
+        if self.args.oracle:
+            return context["theta"], torch.zeros_like(context["theta"])
+        next_x = None
+        with torch.no_grad():  # the CNN learns from the transitions, not from the context  D7
+            x = self.features_for(context["obs"], context["state"], self.true_state)  # (T, N, X)
+            if self.args.next_obs_in_context:
+                after = context["next_obs"], context["next_state"]
+                next_x = self.features_for(*after, self.true_state)
+        return self.infer(x, context["action"], context["reward"], next_x)
+
     def policy(self, x, z):
         """Mean and log standard deviation (M, A) before the tanh."""
         mean, log_std = self.actor(torch.cat([x, z], -1)).chunk(2, -1)
         return mean, log_std.clamp(-20, 2)
-
-    @torch.no_grad()  # acting learns nothing
-    def act(self, step, carry, explore):
-        """Action (A,) for a Step. The carry holds z (1, L), whether the true state is seen, and the
-        stack of images; it comes back with x (1, X)."""
-        obs = torch.as_tensor(step.obs, device=self.args.device)[None]
-        state = torch.as_tensor(step.state, device=self.args.device)[None]
-        if self.args.obs_mode != "state":
-            old = carry.get("stack", torch.cat([obs] * self.args.frame_stack, 1))
-            obs = torch.cat([old[:, obs.shape[1] :], obs], 1)  # (1, K * C, H, W)
-        x = self.see(obs, state, carry["true_state"])
-        mean, log_std = self.policy(x, carry["z"])
-        action = tanh_gaussian(mean, log_std)[0] if explore else torch.tanh(mean)
-        return action[0], {**carry, "stack": obs, "x": x}
 
     def kl_loss(self, mu, var):
         """KL(q(z | c) || N(0, I)) of (T, L), summed over both."""
@@ -909,12 +573,12 @@ class Agent(nn.Module):
         else:
             action, log_prob = tanh_gaussian(*self.policy(next_x, z))
             inputs = torch.cat([next_x, action, z], -1)
-            value = torch.min(self.target_q1(inputs), self.target_q2(inputs))
-            value = value - self.log_alpha.exp() * log_prob
+            q = torch.min(self.target_q1(inputs), self.target_q2(inputs))
+            value = q - self.log_alpha.exp() * log_prob
         return self.args.reward_scale * reward + self.args.gamma * discount * value
 
     def q_loss(self, x, action, z, target):
-        """Squared TD error of both Qs; trains them, z, and perhaps x."""
+        """Squared TD error of both Qs. It trains them, z, and x as --obs-mode says."""
         inputs = torch.cat([x, action, z], -1)
         q1, q2 = self.q1(inputs), self.q2(inputs)
         return F.mse_loss(q1, target) + F.mse_loss(q2, target)  # [PEARL J(Q)]
@@ -922,40 +586,33 @@ class Agent(nn.Module):
     def v_loss(self, x, z, q, log_prob):
         """Squared distance of V to the policy's value."""
         value = self.v(torch.cat([x, z], -1))
-        return F.mse_loss(value, (q - log_prob).detach())  # [PEARL J(V)]
+        return F.mse_loss(value, q - log_prob)  # [PEARL J(V)]
 
     def actor_loss(self, q, log_prob, mean, log_std):
-        """SAC's, and a pull of mean and log std towards 0."""
-        alpha = 1.0 if self.args.critic == "v" else self.log_alpha.exp().detach()
+        """SAC's, and a pull of mean and log standard deviation towards 0."""
+        alpha = 1.0
+        if self.args.critic == "q":
+            alpha = self.log_alpha.exp().detach()  # alpha has a loss of its own
         pull = 1e-3 * mean.square().mean() + 1e-3 * log_std.square().mean()
         return (alpha * log_prob - q).mean() + pull  # [PEARL J(pi)]
 
     def alpha_loss(self, log_prob):
-        """Moves the temperature until the entropy is -A."""
-        error = (self.action_dim - log_prob).detach()
+        """Moves the temperature until the entropy is -A; log_prob (M, 1)."""
+        target_entropy = -self.spec.action_dim
+        error = (-log_prob - target_entropy).detach()  # this loss moves alpha, not the actor
         return (self.log_alpha.exp() * error).mean()  # [SAC J(alpha)]
 
     def cnn_loss(self, x, state):
         """Squared error of the estimated state, in units of its variance."""
         return F.mse_loss(x, self.standardise(state))  # [M&K CNN]
 
-    def reconstruction_loss(self, x, obs):
-        """SAC+AE's: squared pixel error and a penalty that keeps x small."""
-        target = (obs // 8 + torch.rand_like(obs, dtype=torch.float32)) / 32 - 0.5
+    def reconstruction_loss(self, x, images):
+        """SAC+AE's: the squared pixel error, and a penalty that keeps x small; from the uint8
+        images (M, K * C, H, W) that x was made of."""
+        target = (images // 8 + torch.rand_like(images, dtype=torch.float32)) / 32 - 0.5
         error = F.mse_loss(self.decoder(x), target)
-        return error + self.args.latent_weight * 0.5 * x.square().sum(-1).mean()  # [SAC+AE J(RAE)]
-
-    def posterior(self, context):
-        """Mean and variance (T, L) of q(z | c), from context (T, N, ...) of the replay buffer."""
-        if self.args.oracle:
-            return context["theta"], torch.zeros_like(context["theta"])
-        shape = context["action"].shape[:2]
-        with torch.no_grad():  # the CNN learns from the transitions, not from the context
-            xs = [self.see(context[key + "obs"].flatten(0, 1), context[key + "state"].flatten(0, 1),
-                           self.true_state).unflatten(0, shape)
-                  for key in ("", "next_")[: 1 + self.args.next_obs_in_context]]
-        # xs[-1] counts only with --next-obs-in-context
-        return self.infer(xs[0], context["action"], context["reward"], xs[-1])
+        penalty = 0.5 * x.square().sum(-1).mean()
+        return error + self.args.latent_weight * penalty  # [SAC+AE J(RAE)]
 
     def sample(self, buffer, rng):
         """The batch that update() takes: transitions (T, B, ...), context (T, N, ...)."""
@@ -963,73 +620,77 @@ class Agent(nn.Module):
         tasks = rng.integers(0, len(buffer.rl), args.meta_batch)  # [PEARL alg. 1:12]
         transitions = np.stack([buffer.pick(buffer.rl[i], rng, args.batch_size) for i in tasks])
         context = np.stack([buffer.pick(buffer.enc[i], rng, args.context_size) for i in tasks])
-        context = buffer.at(context, args.frame_stack)
-        context["theta"] = upload(buffer.thetas[tasks], args.device)
-        transitions = buffer.at(transitions, args.frame_stack)
-        return {"transitions": transitions, "context": context}  # [PEARL alg. 1:13]
+        context = buffer.gather_transitions(context, args.frame_stack)  # [PEARL alg. 1:13]
+        context["theta"] = upload(buffer.thetas[tasks], args.device)  # (T, L)
+        transitions = buffer.gather_transitions(transitions, args.frame_stack)
+        return {"transitions": transitions, "context": context}
 
     def update(self, batch):
-        """One update from a batch of sample(); metrics as 0-d tensors."""
-        args, optimizers, metrics = self.args, self.optimizers, {}
+        """One update from a batch of sample(); metrics as 0-d tensors.
+
+        On CUDA the update is recorded once and then replayed, so that a Python number in it stays
+        what it was when it was recorded. A number that changes from update to update must be a
+        tensor of the batch.
+        """
+        args, optimizers = self.args, self.optimizers
         mu, var = self.posterior(batch["context"])
-        z = mu + var.sqrt() * torch.randn_like(mu)  # (T, L)  D1  [PEARL alg. 1:14]
+        z = sample_z(mu, var)  # (T, L)  D1  [PEARL alg. 1:14]
         z = z.repeat_interleave(args.batch_size, 0)  # (M, L)
-        obs, next_obs, state, next_state, action, reward, discount = (
-            batch["transitions"][key].flatten(0, 1) for key in (
-                "obs", "next_obs", "state", "next_state", "action", "reward", "discount"))
-        x, movers = self.see(obs, state, self.true_state), ["q1", "q2"]
+        batch = {name: column.flatten(0, 1) for name, column in batch["transitions"].items()}
+        obs, state, action = batch["obs"], batch["state"], batch["action"]
+        x = self.features_for(obs, state, self.true_state)  # (M, X)
         with torch.no_grad():  # the target is a constant
-            next_x = self.see(next_obs, next_state, self.true_state, target=self.x_is_features)
-            target = self.target(reward, discount, next_x, z)
-        extra, x_for_q, grads = 0.0, x, []
-        if args.obs_mode.startswith("cnn"):
-            estimate = self.cnn(preprocess(obs)) if self.true_state else x
-            extra = metrics["loss/cnn"] = self.cnn_loss(estimate, state)
-            weight = args.rl_weight if args.obs_mode == "cnn-rl" else 0.0
-            x_for_q = x.detach() + weight * (x - x.detach())  # scales J(Q)'s gradient in the CNN
-        if args.obs_mode == "cnn-rl":  # norms of the two gradients that meet in x
-            x_for_q.register_hook(grads.append)  # one that held metrics would keep the graph alive
-            metrics["stat/x_grad_cnn"] = 2 * (extra / x.numel()).sqrt()  # of a mean squared error
-        if args.obs_mode == "ae":
-            extra = metrics["loss/reconstruction"] = self.reconstruction_loss(x, obs)
-            movers.append("decoder")
-        metrics["loss/q"] = self.q_loss(x_for_q, action, z, target)  # [PEARL alg. 1:16]
+            next_obs, next_state = batch["next_obs"], batch["next_state"]
+            next_x = self.features_for(next_obs, next_state, self.true_state, self.x_is_features)
+            target = self.target(batch["reward"], batch["discount"], next_x, z)  # (M, 1)
+
+        x_for_q = x
+        x_gradients = []
+        if args.obs_mode == "cnn":
+            x_for_q = x.detach()  # only the regression trains the CNN
+        if args.obs_mode == "cnn-rl":  # the same x, but J(Q)'s gradient in the CNN has a weight
+            x_for_q = x.detach() + args.rl_weight * (x - x.detach())
+            x_for_q.register_hook(x_gradients.append)
+        q_loss = self.q_loss(x_for_q, action, z, target)  # [PEARL alg. 1:16]
+        metrics = {"loss/q": q_loss, "stat/posterior_var": var.mean()}
+        loss = q_loss
         if not args.oracle:
             metrics["loss/kl"] = self.kl_loss(mu, var)  # [PEARL alg. 1:17]
-            extra = extra + args.kl_lambda * metrics["loss/kl"]
-            movers.append("context_encoder")
-        if args.obs_mode != "state":
-            movers.append("cnn")
-        loss = metrics["loss/q"] + extra
-        minimize(loss, *(optimizers[name] for name in movers))  # [PEARL alg. 1:19, 21]
-        if grads:
-            metrics["stat/x_grad_q"] = weight * grads[0].norm()
+            loss = loss + args.kl_lambda * metrics["loss/kl"]
+        if self.regresses:
+            estimate = self.cnn(preprocess(obs)) if self.true_state else x
+            metrics["loss/cnn"] = self.cnn_loss(estimate, state)
+            loss = loss + metrics["loss/cnn"]
+        if args.obs_mode == "ae":
+            metrics["loss/reconstruction"] = self.reconstruction_loss(x, obs)
+            loss = loss + metrics["loss/reconstruction"]
+        trained = {"q1", "q2", "context_encoder", "cnn", "decoder"} & optimizers.keys()
+        minimize(loss, *(optimizers[name] for name in sorted(trained)))  # D2  [PEARL alg. 1:19, 21]
+        if args.obs_mode == "cnn-rl":  # norms of the two gradients that meet in x
+            metrics["stat/x_grad_q"] = args.rl_weight * x_gradients[0].norm()
+            metrics["stat/x_grad_cnn"] = 2 * (metrics["loss/cnn"] / x.numel()).sqrt()
+
         x, z = x.detach(), z.detach()  # V and actor train neither the CNN nor the context encoder
-        metrics |= self.update_policy(x, z)
+        mean, log_std = self.policy(x, z)
+        new_action, log_prob = tanh_gaussian(mean, log_std)
+        inputs = torch.cat([x, new_action, z], -1)
+        q = torch.min(self.q1(inputs), self.q2(inputs))  # (M, 1)
+        actor_loss = self.actor_loss(q, log_prob, mean, log_std)  # [PEARL alg. 1:15]
+        minimize(actor_loss, optimizers["actor"])  # [PEARL alg. 1:20]
+        metrics |= {"loss/actor": actor_loss, "stat/entropy": -log_prob.mean()}
+        if args.critic == "v":
+            # detached: what V is to be is a constant
+            metrics["loss/v"] = self.v_loss(x, z, q.detach(), log_prob.detach())
+            minimize(metrics["loss/v"], optimizers["v"])
+        else:
+            metrics["loss/alpha"] = self.alpha_loss(log_prob)
+            minimize(metrics["loss/alpha"], optimizers["alpha"])
         for name, tau in self.taus.items():
             soft_update(self.get_submodule(name), self.get_submodule(f"target_{name}"), tau)
-        self.updates += 1
-        metrics["stat/posterior_var"] = var.mean()
         return {name: value.detach() for name, value in metrics.items()}
 
-    def update_policy(self, x, z):
-        """The actor, and V or the temperature, from x (M, X), z (M, L)."""
-        mean, log_std = self.policy(x, z)
-        action, log_prob = tanh_gaussian(mean, log_std)
-        inputs = torch.cat([x, action, z], -1)
-        q = torch.min(self.q1(inputs), self.q2(inputs))
-        losses = {"actor": self.actor_loss(q, log_prob, mean, log_std)}  # [PEARL alg. 1:15]
-        if self.args.critic == "v":
-            losses["v"] = self.v_loss(x, z, q, log_prob)
-        else:
-            losses["alpha"] = self.alpha_loss(log_prob)
-        for name, loss in losses.items():  # independent of each other
-            minimize(loss, self.optimizers[name])  # [PEARL alg. 1:20]
-        metrics = {f"loss/{name}": loss for name, loss in losses.items()}
-        return metrics | {"stat/entropy": -log_prob.mean()}
-
     def prepare(self, buffer):
-        """After the initial trajectories: fixes the standardisation of states, if x is one."""
+        """Fixes the standardisation of states after the initial trajectories, if x is a state."""
         if not self.x_is_features:
             state = buffer.columns["state"][: buffer.row]
             self.state_mean.copy_(state.mean(0))
@@ -1039,418 +700,589 @@ class Agent(nn.Module):
         """One step of the CNN alone towards the states of the initial trajectories."""
         starts = [start for starts in buffer.rl for start in starts]
         rows = buffer.pick(starts, rng, self.args.meta_batch * self.args.batch_size)[None]
-        batch = buffer.at(rows, self.args.frame_stack)
+        batch = buffer.gather_transitions(rows, self.args.frame_stack)
         x = self.cnn(preprocess(batch["obs"][0]))
         minimize(self.cnn_loss(x, batch["state"][0]), self.optimizers["cnn"])
 
+    @torch.no_grad()  # acting learns nothing
+    def act(self, step, carry, explore):
+        """Action (A,) for a Step, and the next carry: z (1, L), whether the true state is seen, the
+        images of the stack, and the x (1, X) that was seen. An episode starts with the first two,
+        or with None, which draws z from the prior."""
+        device = self.args.device
+        carry = carry or {"z": torch.randn(1, self.args.latent_dim, device=device)}
+        true_state = carry.get("true_state", False)
+        obs = torch.as_tensor(step.obs, device=device)[None]
+        state = torch.as_tensor(step.state, device=device)[None]
+        if self.args.obs_mode != "state":
+            old = carry.get("stack", torch.cat([obs] * self.args.frame_stack, 1))
+            obs = torch.cat([old[:, obs.shape[1] :], obs], 1)  # (1, K * C, H, W), the newest last
+        x = self.features_for(obs, state, true_state)
+        mean, log_std = self.policy(x, carry["z"])
+        action = tanh_gaussian(mean, log_std)[0] if explore else torch.tanh(mean)
+        return action[0], {**carry, "stack": obs, "x": x}
+
     @torch.no_grad()  # for the eye
     def images(self, buffer, rng):
-        """{name: uint8 (H, W, 3)}: with a decoder, eight images above their reconstructions."""
+        """{name: uint8 (H, W, 3)}: newest images of eight stacks above their reconstructions."""
         if self.args.obs_mode != "ae":
             return {}
         obs = self.sample(buffer, rng)["transitions"]["obs"].flatten(0, 1)[:8]
-        output = ((self.decoder(self.cnn(preprocess(obs))) + 0.5) * 255).clamp(0, 255).byte()
-        grid = torch.cat([obs[:, -3:], output[:, -3:]], 2)  # (8, 3, 2 H, W)
+        output = self.decoder(self.cnn(preprocess(obs)))
+        rows = [obs, ((output + 0.5) * 255).clamp(0, 255).to(torch.uint8)]
+        grid = torch.cat([row[:, -3:] for row in rows], 2)  # (8, 3, rows * H, W)
         return {"reconstruction": grid.permute(2, 0, 3, 1).flatten(1, 2).cpu().numpy()}
 
 
-# ---- evaluate ----------------------------------------------------------------------------------
+# ---- environment (from here on, all scripts share most of their text) ----------------------------
 
 
-def rng_state():
-    """PyTorch's random state on the CPU and on the accelerator in use."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
-    if torch.backends.mps.is_available():
-        states["mps"] = torch.mps.get_rng_state()
-    return states
+class UsageError(ValueError):
+    """Bad usage: names the flag, or the variable, and says what to do; exit status 2."""
+
+    def __init__(self, name, remedy):
+        super().__init__(f"{name if name.isupper() else '--' + name.replace('_', '-')}: {remedy}")
 
 
-def set_rng_state(states):
-    """Puts back what rng_state gave, as far as this machine has the same."""
-    torch.set_rng_state(states["cpu"].cpu())
-    if "cuda" in states and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(states["cuda"].cpu())
-    if "mps" in states and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(states["mps"].cpu())
+def stream(seed, purpose, counter):
+    """Random numbers by key: a fresh NumPy generator, from which PyTorch is seeded, too. No random
+    state is ever saved: a resumed run draws the same numbers at the same counters."""
+    rng = np.random.default_rng([seed, *purpose.encode(), counter])
+    torch.manual_seed(int(rng.integers(2**63)))
+    return rng
 
 
-def play_trajectory(agent, env, carry, explore, film=None):
-    """One trajectory: its Steps and the x (1, X) of each. Appends images to `film`, if that is a
-    list."""
-    steps, xs = [env.reset()], []
-    for _ in range(agent.args.trajectory_steps):
-        if film is not None:
-            film.append(env.render(256).copy())
-        action, carry = agent.act(steps[-1], carry, explore)
-        action = action.cpu()
-        if not action.isfinite().all():
-            check_finite({"the action": math.nan}, agent.updates)
-        xs.append(carry["x"])
-        steps.append(env.step(action))
-    # of the last step too: it is the next x of the last transition
-    return steps, [*xs, agent.act(steps[-1], carry, explore=False)[1]["x"]]
+class EnvSpec(NamedTuple):
+    obs_shape: tuple  # (3, H, W) of an image or (S,) of a state vector
+    action_dim: int
+    state_dim: int  # of Step.state
 
 
-def evaluate(agent, env, thetas, true_state, film=None, interrupt=None):
-    """Adapts to every task of `thetas`, eval_episodes times: trajectory k is played by the mean
-    action with z from the k trajectories before. The paper's algorithm 2.
+class Step(NamedTuple):
+    obs: np.ndarray  # what the agent sees: image uint8 (3, H, W), or the state
+    state: np.ndarray  # the task's own observation, flattened, float32 (S,)
+    action: np.ndarray  # what led here, float32 (A,); zeros where an episode starts
+    reward: float  # summed over the frames of the step
+    discount: float  # 0 where the task ended for good; 1 everywhere else, at a time limit too
+    first: bool  # an episode starts
+    last: bool  # the episode is over
+    frames: int  # simulated in this step: action_repeat, or fewer at an episode's end
 
-    Seeds the environment and PyTorch, and leaves PyTorch's random numbers as they were. Gives the
-    returns (tasks, episodes, k + 1), the last posterior means (tasks, episodes, L), and with a CNN
-    what the agent saw: x (n, S) and the true states (n, S). A signal ends it early.
+
+def load_task(env_id, random):
+    """The dm_control environment of a family; `random` is its np.random.RandomState."""
+    from dm_control import suite  # not at the top: check_args() says first if OpenGL is missing
+
+    family = find_family(env_id)
+    env = suite.load(*family.base.split("-", 1), {"random": random})
+    limit = (family.steps - 0.5) * family.dt  # 0.5: rounding
+    task = MetaTask(env.task, family)
+    return control.Environment(env.physics, task, limit, control_timestep=family.dt)
+
+
+class PixelEnv:
+    """A task with action repeat and a camera; actions are (A,) in [-1, 1]. --render exact gives the
+    pixels of physics.render; fast, without shadows and smooth edges, 40 times as many on a CPU."""
+
+    def __init__(self, args, pixels=True, largest_image=0):
+        self.args = args
+        self.pixels = pixels and args.obs != "state"
+        self.largest_image = max(args.image_size, largest_image)
+        self.random = np.random.RandomState()  # reset() seeds it
+        self.env = load_task(args.env_id, self.random)
+        self.model = None
+        bounds = self.env.action_spec()
+        self.low = np.where(bounds.minimum < -1e6, -1, bounds.minimum)  # lqr's are infinite
+        self.high = np.where(bounds.maximum > 1e6, 1, bounds.maximum)
+        first = self.reset(0)
+        self.spec = EnvSpec(first.obs.shape, len(self.low), len(first.state))
+        self.fps = max(1, round(1 / (self.env.control_timestep() * args.action_repeat)))
+
+    def reset(self, seed):
+        """First Step of the episode that this seed starts."""
+        self.random.seed(seed)
+        time_step = self.env.reset()
+        model = self.env.physics.model
+        if model.ptr is not self.model:  # some environments build a new one each time
+            self.model, self.cameras = model.ptr, {}
+            model.vis.global_.offwidth = model.vis.global_.offheight = self.largest_image
+            if self.args.render == "fast":
+                model.vis.quality.offsamples = 0
+                model.vis.quality.numslices = 8
+                model.vis.quality.numstacks = 6
+        return self.observe(time_step, np.zeros(len(self.low)), 0.0, 0)
+
+    def step(self, action):
+        """Next Step; the action (A,) is repeated until the episode ends at most."""
+        control = self.low + (np.float64(action) + 1) / 2 * (self.high - self.low)
+        time_steps = [self.env.step(control)]
+        while len(time_steps) < self.args.action_repeat and not time_steps[-1].last():
+            time_steps.append(self.env.step(control))
+        reward = sum(time_step.reward for time_step in time_steps)
+        return self.observe(time_steps[-1], action, reward, len(time_steps))
+
+    def observe(self, time_step, action, reward, frames):
+        """The Step of a dm_env.TimeStep."""
+        state = np.float32(np.concatenate([np.ravel(v) for v in time_step.observation.values()]))
+        obs = self.render(self.args.image_size).transpose(2, 0, 1) if self.pixels else state
+        discount = 1.0 if time_step.discount is None else float(time_step.discount)
+        ends = time_step.first(), time_step.last()
+        return Step(obs, state, np.float32(action), float(reward), discount, *ends, frames)
+
+    def render(self, size):
+        """Image (size, size, 3) uint8."""
+        from dm_control.mujoco.engine import Camera
+
+        if size not in self.cameras:  # kept, as making one takes longer than an image
+            camera_id = 2 if self.args.env_id.startswith("quadruped") else 0
+            self.cameras[size] = Camera(self.env.physics, size, size, camera_id)
+        fast = {"shadow": False, "reflection": False} if self.args.render == "fast" else {}
+        return self.cameras[size].render(render_flag_overrides=fast).copy()  # it draws there again
+
+
+# ---- replay buffer -----------------------------------------------------------------------------
+
+
+def upload(values, device):
+    """Array, number or tensor as a tensor on `device`; to CUDA without waiting for the GPU."""
+    tensor = torch.as_tensor(values)
+    if not device.startswith("cuda"):
+        return tensor.to(device)
+    return (tensor.pin_memory() if tensor.is_cpu else tensor).to(device, non_blocking=True)
+
+
+class ReplayBuffer:
+    """Rows in memory-mapped files, appended and never overwritten: a process that dies leaves them
+    as they are, and a resumed one has nothing to load. On a GPU there is a copy of them.
+
+    Row t holds image t, the action that led to it (zeros at an episode's start), the reward and
+    the discount on arriving. A transition is rows t and t + 1. Stacks of images are made when they
+    are sampled. Samples reach `capacity` rows back, and never across episodes.
     """
-    args, before, seen = agent.args, rng_state(), []
+
+    def __init__(self, folder, rows, args, spec):
+        self.folder = Path(folder)
+        self.capacity = args.replay_capacity
+        self.device = args.device
+        self.row = 0
+        image = len(spec.obs_shape) == 3
+        self.types = {  # of a row; start is the row at which the row's episode starts
+            "obs": np.dtype((np.uint8 if image else np.float32, spec.obs_shape)),
+            "action": np.dtype((np.float32, (spec.action_dim,))),
+            "reward": np.dtype((np.float32, (1,))),
+            "discount": np.dtype((np.float32, (1,))),
+            "state": np.dtype((np.float32, (spec.state_dim,))),
+            "start": np.dtype(np.int64),
+        }
+        self.grow(rows)
+
+    def grow(self, rows):
+        """Takes room for so many rows at once, so that a disk that is too small is noticed now."""
+        self.rows = rows
+        self.folder.mkdir(exist_ok=True)
+        self.files = {}
+        for name, dtype in self.types.items():
+            path = self.folder / name
+            with open(path, "ab") as file:
+                if hasattr(os, "posix_fallocate"):  # not on macOS
+                    os.posix_fallocate(file.fileno(), 0, rows * dtype.itemsize)
+            self.files[name] = np.memmap(path, dtype, "r+", shape=(rows,))
+        self.columns = {k: torch.from_numpy(v).to(self.device) for k, v in self.files.items()}
+
+    def add(self, step):
+        """Appends a Step."""
+        if self.row == self.rows:  # episodes were shorter than expected: there are more starts
+            self.grow(self.rows + self.rows // 4 + 1)
+        row = self.row
+        start = row if step.first else self.files["start"][row - 1]
+        for name, value in {**step._asdict(), "start": start}.items():
+            if name in self.files:
+                self.files[name][row] = value
+                if self.device != "cpu":
+                    self.columns[name][row] = upload(self.files[name][row], self.device)
+        self.row += 1
+
+    def draw(self, rng, count, length, same_episode_tail):
+        """First rows (count,) of windows of `length` rows whose last `same_episode_tail` rows are
+        of one episode; uniform, with replacement. Raises ValueError if there are hardly any."""
+        oldest = max(0, self.row - self.capacity)
+        rows = np.empty(0, np.int64)
+        for _ in range(1000):
+            new = rng.integers(oldest, self.row - length + 1, count)
+            starts = self.files["start"][new + length - 1]  # of the last rows' episodes
+            rows = np.append(rows, new[starts <= new + length - same_episode_tail])
+            if len(rows) >= count:
+                return rows[:count]
+        raise ValueError(f"the replay buffer holds hardly any episode of {same_episode_tail} rows")
+
+    def gather(self, name, rows):
+        """Rows of a column, (*rows.shape, ...). On a CPU index_select is much faster than [ ]."""
+        indices = upload(rows.ravel(), self.device)
+        return self.columns[name].index_select(0, indices).unflatten(0, rows.shape)
+
+    def transitions(self, rng, batch_size, stack):
+        """Batch of obs, next_obs (B, stack * C, H, W), action (B, A), reward, discount (B, 1).
+        Before an episode's first image, a stack repeats it."""
+        rows = self.draw(rng, batch_size, length=2, same_episode_tail=2)
+        window = rows[:, None] + np.arange(1 - stack, 2)
+        window = np.maximum(window, self.files["start"][rows][:, None])
+        obs = self.gather("obs", window)  # (B, stack + 1, C, H, W)
+        batch = {name: self.gather(name, rows + 1) for name in ("action", "reward", "discount")}
+        return {"obs": obs[:, :-1].flatten(1, 2), "next_obs": obs[:, 1:].flatten(1, 2), **batch}
+
+    def sequences(self, rng, batch_size, length, same_episode_tail):
+        """Batch of obs, action, reward, discount (B, T, ...) and is_first (B, T), where an episode
+        starts; at least the last `same_episode_tail` of the T rows are of one episode."""
+        rows = self.draw(rng, batch_size, length, same_episode_tail)[:, None] + np.arange(length)
+        is_first = upload(self.files["start"][rows] == rows, self.device)
+        names = ("obs", "action", "reward", "discount")
+        return {"is_first": is_first, **{name: self.gather(name, rows) for name in names}}
+
+
+class TaskBuffer(ReplayBuffer):
+    """The trajectories of all training tasks. Each task has two lists of the rows at which they
+    start: rl has all of them, and enc has those that z may be inferred from."""
+
+    def __init__(self, folder, rows, args, spec):
+        super().__init__(folder, rows, args, spec)
+        self.horizon = args.trajectory_steps
+        thetas = [as_z(theta, args.latent_dim) for theta in split(args)[0]]
+        self.thetas = torch.stack(thetas)  # (tasks, L)
+        self.rl = [[] for _ in thetas]
+        self.enc = [[] for _ in thetas]
+
+    def pick(self, starts, rng, count):
+        """Rows (count,) at which transitions begin, of the trajectories that start at `starts`;
+        uniform, with replacement. All trajectories have `horizon` steps."""
+        i = rng.integers(0, len(starts) * self.horizon, count)
+        return np.array(starts)[i // self.horizon] + i % self.horizon
+
+    def gather_transitions(self, rows, stack):
+        """The transitions that begin at rows (T, N): {name: (T, N, ...)}."""
+        window = rows[..., None] + np.arange(1 - stack, 2)
+        window = np.maximum(window, self.files["start"][rows][..., None])
+        obs = self.gather("obs", window)  # (T, N, stack + 1, C, H, W)
+        batch = {name: self.gather(name, rows + 1) for name in ("action", "reward", "discount")}
+        batch |= {"obs": obs[:, :, :-1].flatten(2, 3), "next_obs": obs[:, :, 1:].flatten(2, 3)}
+        states = {"state": self.gather("state", rows), "next_state": self.gather("state", rows + 1)}
+        return batch | states
+
+
+# ---- evaluation --------------------------------------------------------------------------------
+
+VIDEO_SIZE = 256  # side of a film's images [pixels]
+
+
+def play_trajectory(agent, env, rng, z, true_state, explore, film=False):
+    """Plays one trajectory with z (1, L). Gives its Steps, their x (steps + 1, X), and images where
+    it is filmed. One in which the simulator diverges is discarded, and another one is played."""
+    while True:
+        carry = {"z": z, "true_state": true_state}
+        xs, images = [], []
+        try:
+            steps = [env.reset(rng.integers(2**32))]
+            for _ in range(agent.args.trajectory_steps):
+                if film:
+                    images.append(env.render(VIDEO_SIZE))
+                action, carry = agent.act(steps[-1], carry, explore=explore)
+                action = action.cpu().numpy()
+                finite({"the action": action.sum()}, agent.updates)
+                xs.append(carry["x"])
+                steps.append(env.step(action))
+            _, carry = agent.act(steps[-1], carry, explore=False)  # for the last next x
+            return steps, torch.cat([*xs, carry["x"]]), images
+        except control.PhysicsError as e:
+            tqdm.write(f"warning: a trajectory is discarded: {e}")
+
+
+def evaluate(agent, env, thetas, stop, film=False, true_state=False):
+    """Adapts to every task eval_episodes times: trajectory k is played by the mean action with z
+    from the k trajectories before, the same ones each time. The paper's algorithm 2.  D4
+
+    Gives the returns (tasks, episodes, k + 1), the last posterior means (tasks, episodes, L), the
+    CNN's squared errors and the images of the first adaptation, or None if a signal came."""
+    args = agent.args
     returns = np.zeros((len(thetas), args.eval_episodes, args.context_trajectories + 1))
     means = np.zeros((*returns.shape[:2], args.latent_dim))
-    env.random.seed(args.seed + 2**31)
-    torch.manual_seed(args.seed)
-    for i, j, k in np.ndindex(returns.shape):  # k runs fastest  [PEARL alg. 2:2]
-        if interrupt and interrupt.signal:
-            break
+    errors, film_images = [], []
+    for number, (i, j, k) in enumerate(np.ndindex(returns.shape)):  # [PEARL alg. 2:2]
+        if stop.signal:
+            return None
+        rng = stream(args.seed, "evaluate", number)
         if k == 0:
-            env.env.task.theta, context = thetas[i], []  # [PEARL alg. 2:1]
+            env.env.task.theta = thetas[i]  # [PEARL alg. 2:1]
             mu, var = agent.prior(thetas[i])
-        carry = {"z": mu + var.sqrt() * torch.randn_like(mu),  # [PEARL alg. 2:3]
-                 "true_state": true_state}  # fmt: skip
-        camera = film if i == j == 0 else None
-        steps, xs = play_trajectory(agent, env, carry, False, camera)  # [PEARL alg. 2:4]
-        returns[i, j, k] = sum(step.reward for step in steps)
-        if args.obs_mode.startswith("cnn"):
-            seen += [(x[0].cpu(), torch.as_tensor(s.state)) for x, s in zip(xs, steps, strict=True)]
-        for x, next_x, step in zip(xs[:-1], xs[1:], steps[1:], strict=True):
-            reward = torch.tensor([[step.reward]], device=args.device)
-            action = torch.as_tensor(step.action, device=args.device)[None]
-            context.append((x, action, reward, next_x))  # [PEARL alg. 2:5]
+            context = []
+        z = sample_z(mu, var)  # [PEARL alg. 2:3]
+        filmed = film and i == j == 0
+        steps, x, images = play_trajectory(agent, env, rng, z, true_state, False, filmed)
+        returns[i, j, k] = sum(step.reward for step in steps)  # [PEARL alg. 2:4]
+        film_images += images
+        if agent.regresses:
+            state = np.stack([step.state for step in steps])
+            errors.append(agent.cnn_loss(x, torch.as_tensor(state, device=args.device)).item())
+        action = torch.as_tensor(np.stack([step.action for step in steps[1:]]), device=args.device)
+        reward = torch.tensor([[step.reward] for step in steps[1:]], device=args.device)
+        context.append((x[:-1], action, reward, x[1:]))  # [PEARL alg. 2:5]
         if not args.oracle:
-            with torch.no_grad():
-                # from all transitions so far; updates infer from context_size of them
-                mu, var = agent.infer(*(torch.stack(c, 1) for c in zip(*context, strict=True)))
+            with torch.no_grad():  # from all transitions so far; updates use context_size of them
+                mu, var = agent.infer(*(torch.cat(c)[None] for c in zip(*context, strict=True)))
         means[i, j] = mu[0].cpu()
-    set_rng_state(before)  # D4
-    return returns, means, [torch.stack(column) for column in zip(*seen, strict=True)]
-
-
-def interval(values):
-    """Mean over tasks and its 95 % bootstrap interval, of values (tasks, ...) -> (3, ...)."""
-    rng, n = np.random.default_rng(0), len(values)
-    means = values[rng.integers(0, n, (1000, n))].mean(1)
-    return np.stack([values.mean(0), *np.percentile(means, [2.5, 97.5], 0)])
+    return returns, means, errors, film_images
 
 
 def score(returns):
-    """The summary's numbers from returns (tasks, episodes, k + 1): return_by_context, each with its
-    interval; eval_return, that after two trajectories; and gain, that less the one after none, with
-    its standard error: over tasks, or over episodes where two tasks are all there are."""
-    by_context = interval(returns.mean(1)).T.tolist()
-    k = min(2, len(by_context) - 1)
+    """The summary's numbers from returns (tasks, episodes, k + 1): return_by_context, each with the
+    95 % bootstrap interval over tasks; eval_return, the one after two trajectories; and gain, that
+    less the one after none, with its standard error over tasks, or over episodes where two tasks
+    are all there are."""
+    n = len(returns)
+    by_task = returns.mean(1)  # (tasks, k + 1)
+    resampled = by_task[np.random.default_rng(0).integers(0, n, (1000, n))].mean(1)
+    by_context = [by_task.mean(0), *np.percentile(resampled, [2.5, 97.5], 0)]
+    k = min(2, returns.shape[-1] - 1)
     gains = returns[..., k] - returns[..., 0]
-    gains = gains.mean(1) if len(gains) > 2 else gains.ravel()
-    error = gains.std(ddof=1) / len(gains) ** 0.5 if len(gains) > 1 else math.inf
-    return {"return_by_context": by_context, "eval_return": by_context[k][0],
-            "gain": [gains.mean().item(), float(error)]}
+    gains = gains.mean(1) if n > 2 else gains.ravel()
+    error = gains.std(ddof=1).item() / len(gains) ** 0.5 if len(gains) > 1 else math.inf
+    return {
+        "return_by_context": np.transpose(by_context).tolist(),
+        "eval_return": by_context[0][k].item(),
+        "gain": [gains.mean().item(), error],
+    }
 
 
-def report(returns):
+def report(returns, prefix):
     """{name: number} of returns (tasks, episodes, k + 1), for metrics.csv."""
     gain, error = score(returns)["gain"]
-    out = {f"eval/return_{i}": value for i, value in enumerate(returns.mean((0, 1)).tolist())}
-    return out | {"eval/gain": gain, "eval/gain_error": error}
+    row = {f"{prefix}return_{k}": value for k, value in enumerate(returns.mean((0, 1)).tolist())}
+    return row | {f"{prefix}gain": gain, f"{prefix}gain_error": error}
 
 
-# ---- Logger and checkpoints (shared: the same text in every script) -----------------------------
+def scatter(means, dot=5, size=200):
+    """Picture (size, size, 3) of the first two numbers of the means (tasks, episodes, L) of z, the
+    tasks coloured from blue to red."""
+    picture = np.full((size, size, 3), 255, np.uint8)
+    xy = np.pad(means, ((0, 0), (0, 0), (0, 1)))[..., :2]  # L may be 1
+    low, high = xy.min((0, 1)), xy.max((0, 1))
+    corners = (size - dot) * (xy - low) / np.maximum(high - low, 1e-6)
+    for dots, red in zip(corners.astype(int), np.linspace(0, 255, len(xy)), strict=True):
+        for x, y in dots:
+            picture[size - y - dot : size - y, x : x + dot] = red, 60, 255 - red
+    return picture
 
 
-@contextlib.contextmanager
-def survive(what):
-    """A full disk costs a warning, not the run (PyTorch raises RuntimeError there)."""
-    try:
-        yield
-    except (OSError, RuntimeError) as e:
-        tqdm.write(f"warning: {what} not written: {e}", file=sys.stderr)
+# ---- logs and checkpoints ----------------------------------------------------------------------
 
 
-def write_video(path, images, fps):
-    """MP4 if imageio-ffmpeg is installed, else GIF; gives the path with its suffix."""
-    mp4 = importlib.util.find_spec("imageio_ffmpeg")
-    rate = {"fps": fps} if mp4 else {"duration": 1000 / fps, "loop": 0}
-    path = path.with_suffix(".mp4" if mp4 else ".gif")
-    path.write_bytes(imageio.mimsave("<bytes>", images, format=path.suffix, **rate))
-    return path
+def finite(metrics, updates):
+    """Metrics as floats. Ends a run that becomes NaN or infinite, before a checkpoint is."""
+    metrics = {name: float(value) for name, value in metrics.items()}
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            text = f"{name} is {value} after {updates} updates, which are not saved"
+            raise FloatingPointError(f"{text}; smaller learning rates may help")
+    return metrics
 
 
 class Logger:
-    """Progress bar, metrics.csv with a row per log point, TensorBoard, images and videos."""
+    """Progress bar, metrics.csv with a row per log point, TensorBoard, images and films."""
 
-    def __init__(self, args, run_dir, frames, rows):
-        self.run_dir, self.columns = run_dir, []
-        self.rows = rows  # the caller's list: what is appended here is in its checkpoints
+    def __init__(self, args, run_dir, progress, total_updates):
+        self.run_dir = run_dir
+        self.progress = progress
+        self.start = time.monotonic() - progress.wall_s
+        self.last_return = math.nan
         for name in ("images", "videos"):
             (run_dir / name).mkdir(exist_ok=True)
         if args.track:
-            import wandb
+            wandb = {"id": run_dir.name, "dir": run_dir, "resume": "allow", "config": vars(args)}
+            importlib.import_module("wandb").init(**wandb, sync_tensorboard=True)
+        self.writer = SummaryWriter(run_dir, purge_step=progress.frames + 1)
+        self.writer.add_text("arguments", json.dumps(vars(args), indent=4))
+        # The bar counts updates, as they take the time. Without a terminal it is a line per minute.
+        lines = {} if sys.stderr.isatty() else {"mininterval": 60}
+        form = "{percentage:3.0f}%|{bar:20}| {desc} [{elapsed}<{remaining}]" + "\n" * len(lines)
+        counts = {"initial": progress.updates, "total": total_updates, "miniters": 0}
+        self.bar = tqdm(**counts, **lines, bar_format=form)
 
-            wandb.init(name=run_dir.name, config=vars(args), sync_tensorboard=True)
-        self.writer = SummaryWriter(run_dir, purge_step=frames + 1)
-        threading.excepthook = lambda end: tqdm.write(  # TensorBoard's writes to the disk
-            f"warning: {end.thread.name} ended: {end.exc_value}", file=sys.stderr)
-        self.bar = tqdm(total=args.total_frames, initial=frames, unit="frame", disable=None)
-
-    def tensorboard(self, add):
-        """Gives the writer to `add`: a new one after a failure, as its thread is dead then."""
-        with survive("TensorBoard"):
-            folder = self.run_dir.resolve(strict=True)  # it would make a deleted one anew
-            writer, self.writer = self.writer or SummaryWriter(folder), None
-            add(writer)
-            self.writer = writer
+    def tick(self):
+        """Brings the clock and the progress bar up to date."""
+        progress = self.progress
+        progress.wall_s = time.monotonic() - self.start
+        speed = progress.frames / progress.wall_s
+        text = f"{progress.frames:,} frames, {progress.updates:,} updates, {speed:.0f} frames/s"
+        self.bar.set_description_str(f"{text}, return {self.last_return:.1f}", refresh=False)
+        self.bar.update(progress.updates - self.bar.n)
 
     def log(self, row):
-        """Appends {name: number} to metrics.csv and TensorBoard."""
-        self.rows.append(row)
-        columns = list(dict.fromkeys(name for row in self.rows for name in row))
-        new, self.columns = columns != self.columns, []  # new: the whole file is written, as also
-        with survive("metrics"):  # after a resume and after a write that failed
-            with open(self.run_dir / "metrics.csv", "w" if new else "a", newline="") as file:
-                writer = csv.DictWriter(file, columns, lineterminator="\n")
-                if new:
-                    writer.writeheader()
-                writer.writerows(self.rows if new else [row])
-            self.columns = columns
-        self.tensorboard(lambda board: [
-            board.add_scalar(name, row[name], row["frames"]) for name in row if "/" in name])
-        shown = {k: f"{v:.0f}" for k, v in row.items() if k.endswith(("updates", "return"))}
-        self.bar.set_postfix(shown)
+        """Adds {name: number}, the counters and the last update's metrics as a row."""
+        progress = self.progress
+        progress.metrics = finite(progress.metrics, progress.updates)
+        counters = {"frames": progress.frames, "steps": progress.step, "updates": progress.updates}
+        row = counters | row | progress.metrics | {"time/wall_s": progress.wall_s}
+        progress.rows.append(row)
+        self.last_return = row.get("train/return", self.last_return)
+        columns = dict.fromkeys(name for row in progress.rows for name in row)
+        with open(self.run_dir / "metrics.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(progress.rows)
+        for name, value in row.items():
+            if "/" in name:
+                self.writer.add_scalar(name, value, progress.frames)
 
-    def show(self, frames, images, video, fps):
-        """Writes {name: uint8 (H, W, 3)} as PNG and to TensorBoard, and the video; a (T, H, W, 3)
-        among the images is one too."""
-        videos = {"": video} | {f"_{k}": v for k, v in images.items() if v.ndim == 4}
-        images = {k: v for k, v in images.items() if v.ndim == 3}
-        self.tensorboard(lambda board: [
-            board.add_image(k, v, frames, dataformats="HWC") for k, v in images.items()])
-        with survive("images"):
-            for name, image in images.items():
-                path = self.run_dir / f"images/{frames:09d}_{name}.png"
-                path.write_bytes(imageio.imwrite("<bytes>", image, format="png"))
-            for name, film in videos.items():
-                if len(film):
-                    write_video(self.run_dir / f"videos/{frames:09d}{name}", film, fps)
+    def show(self, images, video, fps):
+        """Writes {name: uint8 (H, W, 3)} as PNG and to TensorBoard, and a film (T, H, W, 3)."""
+        frames = self.progress.frames
+        for name, image in images.items():
+            self.writer.add_image(name, image, frames, dataformats="HWC")
+            imageio.imwrite(self.run_dir / f"images/{frames:09d}_{name}.png", image)
+        if len(video):
+            path = self.run_dir / f"videos/{frames:09d}.gif"
+            imageio.mimsave(path, video, duration=1000 / fps, loop=0)
 
 
-def write_file(payload, path, previous=None):
-    """Whole or not at all: temporary file, fsync, rename; what was there becomes `previous`."""
-    part = path.with_suffix(".part")
+def save_checkpoint(run_dir, args, agent, buffer, progress):
+    """Writes checkpoint.pt, whole or not at all."""
+    weights = sum(tensor.sum() for tensor in agent.state_dict().values())
+    progress.metrics = finite(progress.metrics, progress.updates)
+    finite({"the sum of all weights": weights}, progress.updates)
+    for file in buffer.files.values():
+        file.flush()  # so that the rows outlast a failure of the machine, too
+    payload = {"args": vars(args), "spec": tuple(agent.spec), "progress": vars(progress)}
+    payload["row"] = buffer.row
+    payload["agent"] = agent.state_dict()
+    payload["optimizers"] = {name: o.state_dict() for name, o in agent.optimizers.items()}
+    torch.save(payload, data := io.BytesIO())  # not to the file: a full disk raises OSError so
+    with open(run_dir / "checkpoint.part", "wb") as file:
+        file.write(data.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(run_dir / "checkpoint.part", run_dir / "checkpoint.pt")
+
+
+def read_checkpoint(path, flag):
+    """Args and payload of a checkpoint or of a run's folder. Code in the file never runs."""
+    path = Path(path).expanduser()
+    path = path / "checkpoint.pt" if path.is_dir() else path
     try:
-        with open(part, "wb") as file:
-            torch.save(payload, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous and path.exists():
-            os.replace(path, previous)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # checks every CRC
+                raise ValueError(f"{damaged} is damaged")
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+        return Args(**payload["args"]), payload
+    except Exception as e:  # whatever a damaged or foreign file makes them raise
+        why = (str(e) or type(e).__name__).splitlines()[0]
+        raise UsageError(flag, f"{path} is no checkpoint of this script ({why})") from e
 
 
-def read_file(path, device="cpu"):
-    """torch.load that checks every CRC and lets in tensors and plain types only."""
-    with zipfile.ZipFile(path) as archive:
-        if bad := archive.testzip():
-            raise ValueError(f"{bad} is damaged")
-    return torch.load(path, map_location=device, weights_only=True)
-
-
-def check_finite(metrics, updates):
-    """Ends a run whose losses are NaN or infinite, before such weights reach a checkpoint."""
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            sys.exit(f"error: {name} is {float(value)} after {updates} updates; it is not saved. "
-                     "A new run with smaller learning rates may help")  # fmt: skip
-
-
-@survive("checkpoint")
-def save_checkpoint(run_dir, args, agent, buffer, env, rng, progress):
-    """All that the rest of the run depends on; the checkpoint before stays as previous.pt."""
-    total = sum(tensor.sum() for tensor in agent.state_dict().values())
-    check_finite(progress["metrics"] | {"the sum of all weights": total}, agent.updates)
-    (run_dir / "replay").mkdir(exist_ok=True)
-    buffer.save(run_dir / "replay")
-    payload = {
-        "format": 1, "script": Path(__file__).stem, "args": dataclasses.asdict(args),
-        "agent": agent.state_dict(), "updates": agent.updates, "row": buffer.row,
-        "optimizers": {name: o.state_dict() for name, o in agent.optimizers.items()},
-        "env": env.state_dict(), "numpy": rng.bit_generator.state, "torch": rng_state(),
-        "version": str(torch.__version__), "progress": progress,
-    }  # fmt: skip
-    write_file(payload, run_dir / "checkpoint.pt", run_dir / "previous.pt")
-
-
-def read_checkpoint(path, flag, device):
-    """Payload of a checkpoint, or of the newest readable one of a run; refuses anything else."""
-    path, problems = Path(path), []
-    for file in [path / "checkpoint.pt", path / "previous.pt"] if path.is_dir() else [path]:
-        try:
-            payload = read_file(file, device)
-            if (payload["format"], payload["script"]) != (1, Path(__file__).stem):
-                raise ValueError(f"written by {payload['script']}, format {payload['format']}")
-        except Exception as e:  # whatever a damaged, foreign or hostile file makes them raise
-            why = "is missing" if isinstance(e, FileNotFoundError) else f"is unusable: {e}"
-            problems.append(f"{file.name} {why}"[:200])
-        else:
-            if problems:
-                print(f"warning: {problems[0]}; going on from {file.name}", file=sys.stderr)
-            if problems and flag == "resume" and (path / "checkpoint.pt").exists():
-                os.replace(path / "checkpoint.pt", path / "damaged.pt")  # never to be previous.pt
-            return payload
-    refuse(flag, f"no checkpoint of {Path(__file__).name} in {path} ({'; '.join(problems)})")
-
-
-def load_checkpoint(payload, run_dir, agent, buffer, env, rng):
-    """Puts everything back where it was; gives the progress and the environment's Step."""
+def restore_agent(args, payload):
+    """The Agent of a checkpoint, with its optimizers."""
+    agent = Agent(args, EnvSpec(*payload["spec"]))
     agent.load_state_dict(payload["agent"])
-    agent.updates = payload["updates"]
     for name, optimizer in agent.optimizers.items():
         optimizer.load_state_dict(payload["optimizers"][name])
-    try:
-        buffer.load(run_dir / "replay", payload["row"])
-    except Exception as e:
-        refuse("resume", f"a file in {run_dir / 'replay'} is missing or damaged ({e})")
-    rng.bit_generator.state = payload["numpy"]
-    if payload["version"] != torch.__version__:
-        print(f"warning: saved with PyTorch {payload['version']}; the numbers will differ")
-    set_rng_state(payload["torch"])
-    progress, step = payload["progress"], env.load_state_dict(payload["env"])
-    payload.clear()  # gives back its memory
-    return progress, step
+    return agent
 
 
-# ---- CUDA graphs (shared; a reader can skip them) ------------------------------------------------
+def load_agent(path, device="cpu"):
+    """The trained agent of a run's folder, for code of your own. After env = PixelEnv(agent.args)
+    and step = env.reset(seed=0), agent.act(step, carry=None, explore=False) gives an action."""
+    args, payload = read_checkpoint(path, "evaluate")
+    return restore_agent(dataclasses.replace(args, device=device), payload)
 
 
-class CudaGraph:
-    """Takes the place of an agent's method: records what that launches on the GPU, and from then on
-    launches it all at once, on inputs at fixed places.
+# ---- CUDA graphs (a reader can skip them) --------------------------------------------------------
 
-    There is a recording for each form of the inputs (nested tensors, arrays, numbers, None), each
-    value of the bools among them, the options and cadence(). Whatever else the method reads or
-    changes must lie on the GPU; only agent.updates may be counted besides.
-    """
 
-    def __init__(self, agent, name, cadence):
-        self.agent, self.method, self.cadence = agent, getattr(agent, name), cadence
-        self.calls, self.graphs, self.stream = {}, {}, torch.cuda.Stream()
-        setattr(agent, name, self)
+def record(agent, name, cadence=tuple):
+    """Replaces an agent's method by one that records what the method launches on the GPU, and from
+    then on launches it all at once, on inputs at fixed places. There is a recording for each form
+    of the inputs (nested tensors, arrays, numbers, None), each value of the bools among them, the
+    options and cadence(). Whatever else the method reads or changes must lie on the GPU."""
+    method = getattr(agent, name)
+    calls, graphs, side_stream = {}, {}, torch.cuda.Stream()
 
-    def __call__(self, *inputs, **options):
-        agent, now = self.agent, torch.cuda.current_stream()
-        inputs = tree_map(lambda v: v if v is None or isinstance(v, bool) else
-                          upload(v, agent.args.device), inputs)  # fmt: skip
+    def place(value):
+        fixed = value is None or isinstance(value, bool)
+        return value if fixed else upload(value, agent.args.device)
+
+    def launch(*inputs, **options):
+        inputs = tree_map(place, inputs)
         shapes = tree_map_only(torch.Tensor, lambda tensor: tensor.shape, inputs)
-        key = str((shapes, options, self.cadence()))
-        self.calls[key] = self.calls.get(key, 0) + 1
-        if self.calls[key] <= 3:  # the first calls choose algorithms and make Adam's moments
-            self.stream.wait_stream(now)
-            with torch.cuda.stream(self.stream):
-                outputs = self.method(*inputs, **options)
-            now.wait_stream(self.stream)
+        key = str((shapes, options, cadence()))
+        calls[key] = calls.get(key, 0) + 1
+        if calls[key] <= 3:  # the first calls choose algorithms and make Adam's moments
+            now = torch.cuda.current_stream()
+            side_stream.wait_stream(now)
+            with torch.cuda.stream(side_stream):
+                outputs = method(*inputs, **options)
+            now.wait_stream(side_stream)
             return outputs
-        if key not in self.graphs:
-            groups = [g for o in agent.optimizers.values() for g in o.param_groups]
+        if key not in graphs:
             places = tree_map_only(torch.Tensor, torch.clone, inputs)
-            graph, before = torch.cuda.CUDAGraph(), agent.updates
+            groups = [g for o in agent.optimizers.values() for g in o.param_groups]
+            graph = torch.cuda.CUDAGraph()
             for group in groups:
                 group["capturable"] = True
             with torch.cuda.graph(graph):  # launches nothing
-                outputs = self.method(*places, **options)
+                outputs = method(*places, **options)
             for group in groups:
                 group["capturable"] = False
-            self.graphs[key] = graph, places, outputs, agent.updates - before
-            agent.updates = before
-        graph, places, outputs, updates = self.graphs[key]
-        for place, value in zip(tree_leaves(places), tree_leaves(inputs), strict=True):
-            if isinstance(place, torch.Tensor):
-                place.copy_(value)
+            graphs[key] = graph, places, outputs
+        graph, places, outputs = graphs[key]
+        for old, new in zip(tree_leaves(places), tree_leaves(inputs), strict=True):
+            if isinstance(old, torch.Tensor):
+                old.copy_(new)
         graph.replay()
-        agent.updates += updates
         return tree_map_only(torch.Tensor, torch.clone, outputs)
 
+    launch.graphs = graphs
+    setattr(agent, name, launch)
 
-# ---- train -------------------------------------------------------------------------------------
+
+# ---- training loop -----------------------------------------------------------------------------
 
 
 def autocast(args):
-    """What updates run in: with --precision bf16, convs and matrix products in bfloat16. Without a
-    cache of converted weights, as they change in the middle of an update."""
-    return torch.autocast(args.device.split(":")[0], torch.bfloat16, args.precision == "bf16",
-                          cache_enabled=False)  # fmt: skip
+    """What updates run in: with --precision bf16, convs and matrix products in bfloat16. Converted
+    weights are not cached, as they change in the middle of an update."""
+    on = args.precision == "bf16"
+    return torch.autocast(args.device.split(":")[0], torch.bfloat16, on, cache_enabled=False)
 
 
-def make_env(args, seed, pixels=True, video_size=0):
-    """The family's environment; env.env.task.theta is the task."""
-    return PixelEnv(args.env_id, seed, args.action_repeat, args.image_size, args.render,
-                    pixels and args.obs_mode != "state", video_size)  # fmt: skip
-
-
-def trajectories(args):
-    """Numbers of trajectories: initial ones per task; and per visit of one, with z from the prior,
-    from the posterior, and extra ones."""
-    return [math.ceil(steps / args.trajectory_steps) for steps in (
-        args.initial_steps, args.prior_steps, args.posterior_steps, args.extra_steps)]
-
-
-def replay_rows(args):
-    """Rows of the replay buffer: all of the run's, one per step and one per trajectory."""
-    horizon, (initial, *visit) = args.trajectory_steps, trajectories(args)
-    first, each = initial * len(split(args)[0]), args.tasks_per_iteration * sum(visit)
-    if args.total_frames <= first * horizon:
-        refuse("total_frames", f"there are {first * horizon} initial steps alone; raise it")
-    rows = (horizon + 1) * (first + math.ceil((args.total_frames / horizon - first) / each) * each)
-    if rows > args.replay_capacity:
-        refuse("replay_capacity", f"all of a run's rows are kept; at least {rows}")
-    return rows
-
-
-class Interrupt:
-    """Ctrl-C or SIGTERM sets `signal`; the loop stops with a checkpoint. A second one kills."""
-
-    def __init__(self):
-        self.signal = 0
-        signal.signal(signal.SIGINT, self)
-        signal.signal(signal.SIGTERM, self)
-
-    def __call__(self, number, _):
-        self.signal = number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        print("\nstopping with a checkpoint; once more to stop at once", file=sys.stderr)
-
-
-def visits(args, rng, tasks):
+def plan(args, iteration):
     """The trajectories of an iteration in their order: [(task, whether a visit begins with it,
-    whether z is inferred, whether it is for the context)]."""
-    _, prior, posterior, extra = trajectories(args)
+    whether z is inferred, whether z may be inferred from it)]. Iteration 0 has the initial ones."""
+    steps = (args.initial_steps, args.prior_steps, args.posterior_steps, args.extra_steps)
+    initial, prior, posterior, extra = (math.ceil(n / args.trajectory_steps) for n in steps)
+    tasks = len(split(args)[0])
+    if iteration == 0:
+        return [(task, False, False, True) for task in range(tasks) for _ in range(initial)]
+    rng = stream(args.seed, "tasks", iteration)
     kinds = [(False, True)] * prior  # [PEARL alg. 1:5]
-    # the first of every kind has z from the prior, as in their code
+    # the first of every kind has z from the prior, as in the authors' code
     kinds += [(i > 0, True) for i in range(posterior)] + [(i > 0, False) for i in range(extra)]
     chosen = rng.integers(tasks, size=args.tasks_per_iteration).tolist()  # [PEARL alg. 1:3]
     return [(task, i == 0, *kind) for task in chosen for i, kind in enumerate(kinds)]
 
 
 def collect(agent, env, buffer, job, rng):
-    """Plays a trajectory of a training task, one of visits(), and gives its return."""
-    (task, begins, inferred, for_context), args = job, agent.args
+    """Plays a trajectory that plan() has listed, and gives its return."""
+    args = agent.args
+    task, begins, inferred, for_context = job
+    theta = split(args)[0][task]
+    env.env.task.theta = theta
     if begins:
         buffer.enc[task].clear()  # [PEARL alg. 1:4]
-    env.env.task.theta = buffer.task_thetas[task]
-    mu, var = agent.prior(env.env.task.theta)
+    mu, var = agent.prior(theta)
     if inferred and not args.oracle:
         rows = buffer.pick(buffer.enc[task], rng, args.context_size)[None]  # [PEARL alg. 1:8]
-        with torch.no_grad():
-            mu, var = agent.posterior(buffer.at(rows, args.frame_stack))
-    z = mu + var.sqrt() * torch.randn_like(mu)  # [PEARL alg. 1:6]
-    carry, row = {"z": z, "true_state": agent.true_state}, buffer.row
-    steps, _ = play_trajectory(agent, env, carry, explore=True)
+        with torch.no_grad():  # collecting learns nothing
+            mu, var = agent.posterior(buffer.gather_transitions(rows, args.frame_stack))
+    z = sample_z(mu, var)  # [PEARL alg. 1:6]
+    row = buffer.row
+    steps, *_ = play_trajectory(agent, env, rng, z, agent.true_state, explore=True)
     for step in steps:
         buffer.add(step)  # [PEARL alg. 1:7]
     buffer.rl[task].append(row)
@@ -1459,212 +1291,309 @@ def collect(agent, env, buffer, job, rng):
     return sum(step.reward for step in steps)
 
 
-def train(args, run_dir, interrupt, payload=None):
-    """The paper's algorithm 1, one trajectory or update at a time: what is left of an iteration is
-    in `now`, so that a run may stop, and go on, between any two of them."""
-    rng, (train_thetas, test_thetas) = np.random.default_rng(args.seed), split(args)
-    torch.manual_seed(args.seed)
-    env, eval_env = make_env(args, args.seed), make_env(args, 0, video_size=256 * args.video)
-    agent, regresses = Agent(args, env.spec), args.obs_mode.startswith("cnn")
-    rows = replay_rows(args)
-    buffer = TaskBuffer(rows, env.spec, args.device, args.trajectory_steps)  # [PEARL alg. 1:1]
+class Stop:
+    """Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 sets `signal`, and the run stops with a checkpoint where
+    it next can. A second signal ends the process at once."""
+
+    signal = 0
+
+    def __enter__(self):
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():  # only there signals are caught
+            for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+                number = getattr(signal, name, None)  # Windows lacks two of them
+                if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
+                    self.handlers[number] = signal.signal(number, self)
+        return self
+
+    def __call__(self, number, _):
+        self.signal = number
+        for other in self.handlers:
+            signal.signal(other, signal.SIG_DFL)
+        print("\nstopping soon, with a checkpoint; once more to stop at once", file=sys.stderr)
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+
+def train(args, run_dir, stop, payload=None):
+    """The paper's algorithm 1. A run can be saved and stopped between any two trajectories, fits of
+    the CNN and updates. Gives the Progress."""
+    env = PixelEnv(args)
+    eval_env = PixelEnv(args, largest_image=VIDEO_SIZE * args.video)
+    train_thetas, test_thetas = split(args)
     if payload:
-        now, _ = load_checkpoint(payload, run_dir, agent, buffer, env, rng)
+        agent = restore_agent(args, payload)
+        progress = SimpleNamespace(**payload["progress"])
     else:
-        initial = [(task, False, False, True) for task in range(len(train_thetas))
-                   for _ in range(trajectories(args)[0])]  # fmt: skip
-        # frames at the last log (step) and checkpoint (saved); what is left of the iteration: jobs,
-        # the trajectories of visits(), and numbers of fits and updates; the buffer's lists
-        now = {"step": 0, "iteration": 0, "jobs": initial, "fits": 0, "updates": 0, "returns": [],
-               "metrics": {}, "rows": [], "wall_s": 0.0, "saved": 0, "random_return": None,
-               "eval_return": None, "score": {}, "rl": [[] for _ in train_thetas],
-               "enc": [[] for _ in train_thetas]}  # fmt: skip
-        env.reset()  # a checkpoint may come before the first trajectory
-        print(f"{len(train_thetas)} tasks to train on, {len(test_thetas)} to test on"
-              + ", the same ones" * (train_thetas == test_thetas), flush=True)  # fmt: skip
-    buffer.watch(train_thetas, now["rl"], now["enc"], args.latent_dim)
+        stream(args.seed, "weights", 0)
+        agent = Agent(args, env.spec)
+        counters = ["step", "frames", "iteration", "fits", "updates", "evaluated"]
+        results = ["random_return", "eval_return", "return_by_context", "gain"]
+        progress = SimpleNamespace(**dict.fromkeys(counters, 0), **dict.fromkeys(results))
+        vars(progress).update(wall_s=0.0, returns=[], metrics={}, rows=[])
+        print(f"{len(train_thetas)} tasks to train on, {len(test_thetas)} to test on")
+    initial, each = len(plan(args, 0)), len(plan(args, 1))  # trajectories
+    wanted = math.ceil(args.total_frames / args.trajectory_steps)
+    iterations = max(progress.iteration, math.ceil((wanted - initial) / each))
+    rows = (initial + iterations * each) * (args.trajectory_steps + 1)
+    try:
+        buffer = TaskBuffer(run_dir / "replay", rows, args, env.spec)  # [PEARL alg. 1:1]
+    except OSError as e:
+        raise UsageError("runs_dir", f"no room for {rows:,} rows of the replay buffer ({e})") from e
+    if payload:
+        buffer.row, buffer.rl, buffer.enc = payload["row"], progress.rl, progress.enc
+    progress.rl, progress.enc = buffer.rl, buffer.enc  # for the checkpoints
     if args.cuda_graph and args.device.startswith("cuda"):
-        CudaGraph(agent, "update", tuple)
-        CudaGraph(agent, "act", tuple)
-    frames = buffer.row - sum(map(len, now["rl"]))
-    logger = Logger(args, run_dir, now["step"], now["rows"])
-    logger.bar.update(frames - now["step"])
-    clock = time.monotonic() - now["wall_s"]
+        record(agent, "update")
+        record(agent, "act")
+    saved = time.monotonic()
 
-    def save():
-        now["wall_s"], now["saved"] = time.monotonic() - clock, frames
-        save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
+    def save(minutes=0.0):
+        nonlocal saved
+        if time.monotonic() - saved >= 60 * minutes:
+            save_checkpoint(run_dir, args, agent, buffer, progress)
+            saved = time.monotonic()
 
-    def finish():
-        """Evaluates if it is time, logs the iteration; False if a signal came before."""
-        check_finite(now["metrics"], agent.updates)
-        row, every = {"train/return": float(np.mean(now["returns"]))}, args.eval_every_frames
-        if frames // every > now["step"] // every or frames >= args.total_frames:
-            film, test = [] if args.video else None, (agent, eval_env, test_thetas)
-            by_context, means, seen = evaluate(*test, False, film, interrupt)
-            shift = evaluate(*test, True, None, interrupt)[0] if regresses else None
-            if interrupt.signal:
-                return False
-            now["score"] = score(by_context)
-            row |= report(by_context)
-            images = agent.images(buffer, np.random.default_rng(0))
-            order = np.argsort([np.ravel(theta)[-1] for theta in test_thetas])  # reacher's: angle
-            images["z"] = scatter(means[order])
-            if regresses:  # the distribution shift, as numbers and as a picture
-                row |= {k.replace("/", "/true_state_"): v for k, v in report(shift).items()}
-                x, state = seen[0], agent.standardise(seen[1].to(args.device)).cpu()
-                row["eval/cnn_error"] = F.mse_loss(x, state).item()
-                images["estimates"] = scatter(torch.stack([state, x], -1).transpose(0, 1), 3, 1)
-            tqdm.write(f"{frames:,} frames: return by trajectories of context "
-                       + " ".join(f"{r:.1f}" for r in by_context.mean((0, 1))))
-            logger.show(frames, images, film or [], env.fps)
-        now["step"], now["wall_s"] = frames, time.monotonic() - clock
-        metrics = {name: float(value) for name, value in now["metrics"].items()}
-        counters = {"frames": frames, "updates": agent.updates}
-        logger.log(counters | row | metrics | {"time/wall_s": now["wall_s"]})
-        return True
-
-    while now["step"] < args.total_frames and not interrupt.signal:  # [PEARL alg. 1:2]
-        if now["fits"]:
-            agent.fit(buffer, rng)
-            now["fits"] -= 1
-            if now["fits"] == 0:
-                save()
-        elif now["jobs"]:
-            now["returns"].append(collect(agent, env, buffer, now["jobs"].pop(0), rng))
-            frames += args.trajectory_steps
-            logger.bar.update(args.trajectory_steps)
-            if frames - now["saved"] >= args.checkpoint_every_frames:
-                save()
-        elif now["updates"]:  # [PEARL alg. 1:11]
+    if not payload:
+        save()
+    logger = Logger(args, run_dir, progress, iterations * args.updates_per_iteration)
+    while progress.evaluated < args.total_frames and not stop.signal:  # [PEARL alg. 1:2]
+        agent.updates = progress.updates
+        jobs = plan(args, progress.iteration)
+        while len(progress.returns) < len(jobs) and not stop.signal:
+            job = jobs[len(progress.returns)]
+            rng = stream(args.seed, "trajectory", progress.frames)
+            progress.returns.append(collect(agent, env, buffer, job, rng))
+            progress.frames += args.trajectory_steps
+            progress.step = progress.frames
+            logger.tick()
+            save(args.checkpoint_every_minutes)
+        if stop.signal:
+            break
+        if progress.iteration == 0:
+            agent.prepare(buffer)
+        while agent.regresses and progress.fits < args.cnn_pretrain_updates and not stop.signal:
+            agent.fit(buffer, stream(args.seed, "fit", progress.fits))
+            progress.fits += 1
+            save(args.checkpoint_every_minutes)
+        due = progress.iteration * args.updates_per_iteration
+        while progress.updates < due and not stop.signal:  # [PEARL alg. 1:11]
+            rng = stream(args.seed, "update", progress.updates)
             with autocast(args):
-                now["metrics"] |= agent.update(agent.sample(buffer, rng))
-            now["updates"] -= 1
-        else:
-            if now["iteration"] and not finish():
-                break  # a signal came: the resumed run begins with this evaluation
-            if now["iteration"] == 0:
-                now["random_return"] = float(np.mean(now["returns"]))
-                print(f"untrained policy: {now['random_return']:.1f} per trajectory", flush=True)
-                agent.prepare(buffer)
-                now["fits"] = args.cnn_pretrain_updates if regresses else 0
-            now |= {"iteration": now["iteration"] + 1, "updates": args.updates_per_iteration,
-                    "returns": [], "jobs": visits(args, rng, len(train_thetas))}  # fmt: skip
-            save()
+                progress.metrics |= agent.update(agent.sample(buffer, rng))
+            progress.updates += 1
+            logger.tick()
+            save(args.checkpoint_every_minutes)
+        if stop.signal:
+            break
+
+        row = {"train/return": float(np.mean(progress.returns))}
+        if progress.iteration == 0:
+            progress.random_return = row["train/return"]
+            print(f"untrained policy: {progress.random_return:.1f} per trajectory")
+        every = args.eval_every_frames
+        missed = progress.frames // every > progress.evaluated // every
+        if missed or progress.frames >= args.total_frames:
+            result = evaluate(agent, eval_env, test_thetas, stop, args.video)
+            if agent.regresses:  # again with the true state: what do the CNN's errors cost?
+                by_state = evaluate(agent, eval_env, test_thetas, stop, true_state=True)
+            if stop.signal:
+                break  # the resumed run evaluates again
+            returns, means, errors, video = result
+            row |= report(returns, "eval/")
+            if agent.regresses:
+                row |= {"eval/cnn_error": np.mean(errors).item()}
+                row |= report(by_state[0], "eval/true_state_")
+            progress.evaluated = progress.frames
+            vars(progress).update(score(returns))
+            text = " ".join(f"{r:.1f}" for r in returns.mean((0, 1)))
+            tqdm.write(f"{progress.frames:,} frames: return by trajectories of context {text}")
+            images = agent.images(buffer, stream(args.seed, "images", progress.frames))
+            order = np.argsort([np.ravel(theta)[-1] for theta in test_thetas])  # angles, if two
+            logger.show({"z": scatter(means[order]), **images}, video, eval_env.fps)
+        logger.log(row)
+        progress.iteration += 1
+        progress.returns = []
+        save(args.checkpoint_every_minutes)
     save()
     logger.bar.close()
-    logger.tensorboard(SummaryWriter.close)
-    env.close()
-    eval_env.close()
-    return summary(args, now, agent.updates) | now["score"]
+    logger.writer.close()
+    return progress
 
 
-def scatter(points, limit=0, dot=5, size=200):
-    """Picture (size, size, 3) of the first two numbers of points (groups, n, 1 or more), a square
-    of `dot` pixels for each, the groups coloured from blue to red. With a limit both axes end at
-    +-limit, and a line shows where the two are equal."""
-    points, picture = np.asarray(points), np.full((size, size, 3), 255, np.uint8)
-    xy = np.concatenate([points, np.zeros_like(points)], -1)[..., :2]
-    low, high = (-limit, limit) if limit else (xy.min((0, 1)), xy.max((0, 1)))
-    if limit:
-        picture[np.arange(size)[::-1], np.arange(size)] = 200
-    share = np.clip((xy - low) / np.maximum(high - low, 1e-6), 0, 1)
-    for i, dots in enumerate(((size - dot) * share).astype(int)):
-        red = 255 * i / max(1, len(points) - 1)
-        for x, y in dots:
-            picture[size - y - dot : size - y, x : x + dot] = red, 60, 255 - red
-    return picture
+# ---- main --------------------------------------------------------------------------------------
+
+MAY_CHANGE = {
+    "resume": {"resume", "smoke", "total_frames", "device", "video", "track", "runs_dir",
+               "precision", "cuda_graph", "delete_replay", "eval_every_frames", "eval_episodes",
+               "checkpoint_every_minutes"},
+    "evaluate": {"evaluate", "smoke", "seed", "eval_episodes", "device", "video", "runs_dir"},
+}  # fmt: skip
 
 
-# ---- main (shared: the same text in every script) -----------------------------------------------
+def check_args(args):
+    """Refuses what cannot work, before anything is written."""
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, tuple) else [value]:
+            if type(number) in (int, float):
+                allowed = 0 < number < math.inf or (number == 0 and name in MAY_BE_ZERO)
+                if not allowed or (number > 1 and name in AT_MOST_ONE):
+                    limit = " and at most 1" * (name in AT_MOST_ONE)
+                    raise UsageError(name, f"{number} is not a finite number above zero{limit}")
+    rows = [  # flag, whether it is wrong, what to do
+        *algorithm_checks(args),
+        ("evaluate", args.evaluate and args.resume, "excludes --resume; drop one of them"),
+        ("replay_capacity", args.replay_capacity < 1000, "must be 1000, a long episode, at least"),
+        ("track", args.track and not importlib.util.find_spec("wandb"), "pip install wandb, first"),
+    ]
+    for flag, wrong, remedy in rows:
+        if wrong:
+            raise UsageError(flag, remedy)
+    if args.video or args.obs != "state":
+        try:
+            from dm_control import _render
+
+            _render.Renderer(max(args.image_size, VIDEO_SIZE), VIDEO_SIZE).free()
+        except Exception as e:  # OpenGL can be missing in many ways
+            used = {name: os.environ[name] for name in os.environ if name.startswith("MUJOCO_")}
+            text = f"cannot render with {used} ({e}). Try MUJOCO_GL=egl, which needs a GPU driver "
+            text += "or libegl1 and libgl1-mesa-dri, or MUJOCO_GL=osmesa, which needs libosmesa6"
+            raise UsageError("MUJOCO_GL", text) from e
 
 
-def summary(args, now, updates):
-    """The numbers of the last line that is printed."""
-    return {"env_id": args.env_id, "script": Path(__file__).stem, "seed": args.seed,
-            "device": args.device, "frames": now["step"] * args.action_repeat, "updates": updates,
-            "wall_s": round(now["wall_s"], 1), "random_return": now["random_return"],
-            "eval_return": now["eval_return"]}  # fmt: skip
+def parse_args(words):
+    """Args from the command line, and the payload of the checkpoint that they name, or None."""
+    for i, word in enumerate(words):
+        if re.fullmatch(r"[\d.]+e\d+", word) and float(word).is_integer():
+            words[i] = str(int(float(word)))  # 1e6 is a whole number, too
+    description = (__doc__ or "").partition("\n")[0]  # python -OO has no docstrings
+    default = Args(**SMOKE) if "--smoke" in words else None
+    args = tyro.cli(Args, args=words, default=default, description=description)
+    payload = None
+    if args.resume or args.evaluate:
+        flag = "resume" if args.resume else "evaluate"
+        was, payload = read_checkpoint(args.resume or args.evaluate, flag)
+        args = tyro.cli(Args, args=words, default=was, description=description)
+        for name, value in vars(was).items():
+            if name not in MAY_CHANGE[flag] and value != getattr(args, name):
+                raise UsageError(name, f"--{flag} cannot change it, the run has {value}")
+    check_args(args)
+    return args, payload
 
 
-def play(args):
-    """--evaluate: adapts a checkpoint's agent to the test tasks and writes a video beside it."""
-    payload, path = read_checkpoint(args.evaluate, "evaluate", args.device), Path(args.evaluate)
-    chosen = {k: v for k, v in vars(args).items() if k in FREE_ON_RESUME}
-    args = dataclasses.replace(make_args(payload["args"]), **chosen)
-    env, film = make_env(args, 0, video_size=256), [] if args.video else None
-    agent = Agent(args, env.spec)
-    agent.load_state_dict(payload["agent"])
-    returns, *_ = evaluate(agent, env, split(args)[1], False, film)
-    env.close()
-    for theta, row in zip(split(args)[1], returns.mean(1), strict=True):
-        print(f"task {np.round(theta, 2)}: " + " ".join(f"{r:.1f}" for r in row))
-    if film:
-        folder = path if path.is_dir() else path.parent
-        with survive("video"):
-            print(f"video: {write_video(folder / 'evaluation', film, env.fps)}")
-    now = payload["progress"]  # perhaps in the middle of an iteration
-    now["step"] = payload["row"] - sum(map(len, now["rl"]))
-    return summary(args, now, payload["updates"]) | score(returns)
-
-
-def main(args):
-    """Checks what takes PyTorch and the simulator to check, then trains or plays."""
+def choose_device(args):
+    """Resolves --device auto, and sets the precision of float32 products."""
     if args.device == "auto":
-        mps = torch.backends.mps.is_available()
-        args.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        args.device = str(torch.accelerator.current_accelerator() or "cpu")
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as e:
-        refuse("device", f"{args.device} cannot be used; try auto ({str(e).splitlines()[0]})")
+        text = f"{args.device} cannot be used; cpu, cuda, cuda:1, mps or auto might ({e})"
+        raise UsageError("device", text.splitlines()[0]) from e
     if args.device.startswith("cuda:"):
         torch.cuda.set_device(args.device)
     tf32 = args.precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    if args.evaluate:
-        print("summary " + json.dumps(play(args) | {"run_dir": args.evaluate}))
-        return
-    with require_renderer():
-        env = make_env(args, 0)
-        env.close()
-    rows, row_bytes = replay_rows(args), ReplayBuffer.row_bytes(env.spec)
-    size, free = rows * row_bytes, free_memory(args.device)
-    if size > free:
-        refuse("replay_capacity", f"{rows} rows of {row_bytes} bytes are {size / 2**30:.1f} GiB, "
-               f"{free / 2**30:.1f} are free; at most {int(0.9 * free / row_bytes)}")  # fmt: skip
-    payload, run_dir = None, Path(args.resume)
-    if not args.resume:
-        stamp = time.strftime("%Y%m%d-%H%M%S-") + str(os.getpid())
+
+
+def make_run_dir(args):
+    """A new folder with the arguments and a copy of this script, with which the run can be played
+    when the script has changed; or the folder to resume. Locked until the process ends."""
+    if args.resume:
+        run_dir = Path(args.resume).expanduser()
+        run_dir = run_dir if run_dir.is_dir() else run_dir.parent
+        if not (run_dir / "replay").exists():
+            raise UsageError("resume", "the run's replay buffer was deleted; start a new run")
+    else:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
         name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{stamp}"
-        run_dir = Path(args.runs_dir, name)
+        run_dir = Path(args.runs_dir).expanduser() / name
         try:
             run_dir.mkdir(parents=True)
-            (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
+            (run_dir / "args.json").write_text(json.dumps(vars(args), indent=1))
+            shutil.copy(__file__, run_dir)
         except OSError as e:
-            refuse("runs_dir", f"{run_dir} cannot be made ({e.strerror})")
-    lock, probe = FileLock(run_dir / "lock"), run_dir / "probe"
+            raise UsageError("runs_dir", f"{run_dir} cannot be made ({e.strerror})") from e
+    lock = FileLock(run_dir / "lock")
     try:
-        lock.acquire(timeout=0)  # until this process ends, in whatever way
-        probe.write_bytes(bytes(2**20))
-        probe.unlink()
-    except (OSError, Timeout) as e:
-        refuse("resume" if args.resume else "runs_dir", f"another process is at work in {run_dir}, "
-               f"or it cannot be written to ({e})")  # fmt: skip
-    if args.resume:
-        payload = read_checkpoint(run_dir, "resume", args.device)
-        for name, was in vars(make_args(payload["args"])).items():
-            if name not in FREE_ON_RESUME and was != getattr(args, name):
-                refuse(name, f"the run has {was}; for another value start a new run")
-    print(f"{args.env_id}, seed {args.seed}, {args.device}, in {run_dir}\nreplay: {rows:,} rows of "
-          f"{row_bytes:,} bytes, {size / 2**30:.2f} GiB of {free / 2**30:.1f} free", flush=True)
-    interrupt = Interrupt()
-    numbers = train(args, run_dir, interrupt, payload)
-    if numbers["frames"] + args.action_repeat <= args.total_frames:  # a step was left
-        print(f"stopped; to go on: python {Path(__file__).name} --resume {run_dir}")
-        sys.exit(128 + interrupt.signal)
-    print("summary " + json.dumps(numbers | {"run_dir": str(run_dir)}))
+        lock.acquire(timeout=0)
+    except Timeout as e:
+        raise UsageError("resume", f"another process is at work in {run_dir}") from e
+    except (OSError, NotImplementedError) as e:
+        print(f"warning: {run_dir} cannot be locked ({e}); one process at a time may use it")
+    return run_dir, lock
+
+
+def summary(args, progress, run_dir):
+    """The last line that is printed, and summary.json."""
+    about = {"env_id": args.env_id, "script": Path(__file__).stem, "seed": args.seed}
+    about |= {"device": args.device, "run_dir": str(run_dir)}
+    about |= {"return_by_context": progress.return_by_context, "gain": progress.gain}
+    names = ("frames", "updates", "wall_s", "random_return", "eval_return")
+    numbers = json.dumps(about | {name: getattr(progress, name) for name in names})
+    print(f"summary {numbers}")
+    return numbers
+
+
+def play(args, payload):
+    """--evaluate: adapts a trained agent to the test tasks and films the first adaptation."""
+    path = Path(args.evaluate).expanduser()
+    folder = path if path.is_dir() else path.parent
+    if args.runs_dir != payload["args"]["runs_dir"]:
+        folder = Path(args.runs_dir).expanduser()  # of the film
+    env = PixelEnv(args, largest_image=VIDEO_SIZE * args.video)
+    agent = restore_agent(args, payload)
+    thetas = split(args)[1]
+    returns, *_, video = evaluate(agent, env, thetas, Stop(), args.video)
+    for theta, row in zip(thetas, returns.mean(1), strict=True):
+        print(f"task {np.round(theta, 2)}: " + " ".join(f"{r:.1f}" for r in row))
+    if args.video:
+        imageio.mimsave(folder / "evaluation.gif", video, duration=1000 / env.fps, loop=0)
+        print(f"video: {folder / 'evaluation.gif'}")
+    progress = SimpleNamespace(**payload["progress"])
+    vars(progress).update(score(returns))
+    summary(args, progress, path)
+
+
+def main(words=None):
+    """The command line; gives the exit status: 1 where a run failed, 2 for bad usage."""
+    run_dir, command = None, ""
+    try:
+        args, payload = parse_args(sys.argv[1:] if words is None else list(words))
+        choose_device(args)
+        if args.evaluate:
+            play(args, payload)
+            return 0
+        run_dir, lock = make_run_dir(args)
+        command = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
+        print(f"{args.env_id}, seed {args.seed}, {args.device}, in {run_dir}", flush=True)
+        with lock, Stop() as stop:
+            progress = train(args, run_dir, stop, payload)
+        if stop.signal and progress.evaluated < args.total_frames:
+            print(f"stopped; to go on: {command}")
+            return 128 + stop.signal
+        if args.delete_replay:
+            shutil.rmtree(run_dir / "replay")
+        (run_dir / "summary.json").write_text(summary(args, progress, run_dir))
+        return 0
+    except UsageError as e:
+        if run_dir and not args.resume:
+            shutil.rmtree(run_dir)  # nothing is left of a run that could not begin
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except FloatingPointError as e:
+        text = str(e)
+    except OSError as e:
+        text = f"{e}; to go on: {command}"
+    except (MemoryError, RuntimeError) as e:  # on a CPU, PyTorch has no class of its own for it
+        text = f"memory: {e or 'more than there is'}; use smaller networks or batches"
+        if not isinstance(e, MemoryError) and not re.search("allocate|out of memory", str(e)):
+            raise
+    print("error: " + text.replace("\n", " "), file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":
-    with require_memory():
-        main(ARGS)
+    sys.exit(main())

@@ -5,7 +5,7 @@
 #     "tensorboard>=2.20,<3", "imageio>=2.37,<3", "tqdm>=4.66,<5", "pytest>=8",
 # ]
 # ///
-"""SAC+AE: soft actor-critic from pixels whose encoder a reconstruction loss also trains.
+"""SAC+AE: SAC from pixels; a reconstruction loss also trains the encoder.
 
 Yarats et al. 2019, Improving Sample Efficiency in Model-Free Reinforcement Learning from Images,
 https://arxiv.org/abs/1910.01741; the authors' code: https://github.com/denisyarats/pytorch_sac_ae
@@ -15,27 +15,27 @@ https://arxiv.org/abs/1910.01741; the authors' code: https://github.com/denisyar
                             +-x-> actor's own head --> MLP      J(pi) trains it, through Q(z, a)
                                                                 x: no gradient
 
-    python sac_ae.py --smoke                  # a visible result in minutes on a laptop
+    python sac_ae.py --smoke                  # learns visibly in minutes on a laptop
     python sac_ae.py --env-id cheetah-run     # the published hyperparameters
     python sac_ae.py --evaluate RUN_DIR       # play a trained agent and film it
 
 Shapes: B batch, T time, K stacked images, C H W image, S state, F features, D latent, A action.
-Units: frame = one control step of the task; step = one decision, held for action_repeat frames;
-update = one gradient update on one batch.
-Tags in brackets, as [SAC+AE J(Q)], name the formula of a line, D1 a difference below.
+Units: a frame is one control step of the simulator; a step is one decision of the agent, held for
+action_repeat frames; an update is one gradient update on one batch.
+Tags in brackets, such as [SAC+AE J(Q)], name the formula of a line; D1 is a difference below.
 
 Differences from the paper and the authors' code
-D1  The actor's optimizer does not hold the convs that it shares with the critic. Theirs does, but
-    their gradient in it is always zero: the same parameters come out. (--actor-trains-encoder: it
-    does.)
-D2  Actor and decoder read one pass of the convs over obs. Nothing that it depends on changes
-    between the two, but with --actor-trains-encoder: the same losses come out.
+D1  The actor's optimizer leaves out the convs that it shares with the critic. Theirs holds them,
+    with gradients that are always zero. With --actor-trains-encoder it holds them here, too.
+D2  Actor and decoder read one pass of the convs over obs. Theirs makes two, with equal results.
 D3  Bootstrapping follows dm_control's discount, which is 1 at a time limit. Theirs keeps a done
-    flag and clears it there: the same targets wherever episodes only end by time.
-D4  Evaluation has an environment, a seed and random numbers of its own; theirs uses the training's.
-D5  --freeze-encoder: the actor trains its own head on the frozen convs. In the first version of
-    the authors' code that head stayed as initialised.
-D6  log alpha is float32, theirs float64.
+    flag and clears it there. The targets are the same where episodes end only by time.
+D4  Evaluation has an environment, a seed and random numbers of its own.
+D5  With --freeze-encoder the actor trains its own head on the frozen convs. In the first version
+    of the authors' code that head stayed as initialised.
+D6  log alpha is float32. Theirs is float64.
+D7  The default run has 1M frames. Theirs has 1M steps, which are 4M frames on cheetah-run, and is
+    evaluated every 10,000 steps.
 """
 
 import contextlib
@@ -46,72 +46,72 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
+import io
 import json
 import math
 import os
 import re
+import shlex
+import shutil
 import signal
 import sys
 import threading
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal, NamedTuple
 
-import tyro
-
 if sys.platform == "linux":
-    if not os.environ.get("DISPLAY"):  # dm_control would choose GLFW, which needs a screen
-        os.environ.setdefault("MUJOCO_GL", "egl")
-    # glibc would map the memory of every large tensor anew; keeping it is up to 1.6 times as fast
-    with contextlib.suppress(AttributeError):
+    os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
+    with contextlib.suppress(AttributeError):  # glibc keeps large blocks: up to 1.6 times as fast
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
-    # PyTorch for CUDA imports Triton with its first optimizer; after Mesa's LLVM that would crash
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(ImportError):  # loaded after OpenGL, Triton would crash
         importlib.import_module("triton")
 
-# ---- Args --------------------------------------------------------------------------------------
+import imageio
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from dm_control.rl import control
+from filelock import FileLock, Timeout  # comes with torch
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
 
-ACTION_REPEAT = {  # the paper's; 2 for any other task
-    "ball_in_cup-catch": 4, "cartpole-swingup": 8, "cheetah-run": 4, "finger-spin": 2,
-    "reacher-easy": 4, "walker-walk": 2,
-}  # fmt: skip
-SMOKE = {
-    "env_id": "finger-spin", "action_repeat": 4, "total_frames": 64_000, "image_size": 40,
-    "render": "fast", "warmup_steps": 2000, "pretrain_updates": 500, "updates_per_step": 0.5,
-    "batch_size": 32, "filters": 16, "conv_strides": (2, 2, 1), "hidden_dim": 256, "gamma": 0.95,
-    "critic_tau": 0.02, "alpha_lr": 1e-3, "actor_every_updates": 1, "target_every_updates": 1,
-    "eval_every_frames": 16_000, "checkpoint_every_frames": 16_000,
-}  # fmt: skip
+# ---- Args --------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class Args:
-    # every script
+    # every script has these
     env_id: str = "cheetah-run"  # <domain>-<task> of the dm_control suite
-    seed: int = 1  # of environment, networks and sampling; evaluation has its own
-    total_frames: int = 1_000_000  # length of the run [frames]
+    smoke: bool = False  # small images and networks that learn visibly in minutes on two CPU cores
+    seed: int = 1  # of the environment, the networks and the sampling
+    total_frames: int = 1_000_000  # length of the run [frames]; its last episode is played out
+    device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto takes the best that is there
+    resume: str = ""  # folder of a run to go on with; the run's arguments are the defaults
+    evaluate: str = ""  # folder of a run whose agent is played and filmed
+    video: bool = True  # film the first episode of every evaluation
+    track: bool = False  # log to Weights & Biases, too
+    runs_dir: str = "runs"  # where the run's folder is made
     action_repeat: int = 0  # frames per step; 0: the published value for the task
     image_size: int = 84  # side of the square image [pixels]
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
-    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto: cuda if there, else mps, else cpu
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of matrix products and convs
-    cuda_graph: bool = True  # on CUDA: launch an update, or an action, as one graph
-    replay_capacity: int = 1_000_000  # rows, one per step and episode start; the run's if fewer
+    cuda_graph: bool = True  # on CUDA, launch an update or an action as one graph
+    replay_capacity: int = 1_000_000  # how far back samples reach [rows: one per image]
+    delete_replay: bool = False  # remove the replay buffer's files when the run has finished
     warmup_steps: int = 1000  # uniformly random steps before the first update (paper 1000)
     pretrain_updates: int = 1000  # updates at the end of the warm-up (authors' code 1000)
     updates_per_step: float = 1.0  # updates per step from then on (paper 1)
     batch_size: int = 128  # samples per update (transitions; paper 128)
     eval_every_frames: int = 20_000  # distance between evaluations [frames]
     eval_episodes: int = 10  # episodes per evaluation (paper 10)
-    checkpoint_every_frames: int = 100_000  # at the first episode end after so many [frames]
-    runs_dir: str = "runs"  # where the run's folder is made
-    resume: str = ""  # run folder to go on with; its arguments become the defaults
-    evaluate: str = ""  # run folder or checkpoint to play and film, with its own arguments
-    smoke: bool = False  # small images and networks that learn visibly in minutes on two CPU cores
-    track: bool = False  # log to Weights & Biases too, if it is installed
-    video: bool = True  # film the first episode of every evaluation
+    checkpoint_every_minutes: float = 5.0  # least time between checkpoints [minutes]
     # this algorithm
     obs: Literal["pixels", "state"] = "pixels"  # state: SAC from the simulator's state vector
     reconstruction: Literal["ae", "vae", "none"] = "ae"  # vae: beta-VAE; none: no decoder
@@ -124,118 +124,60 @@ class Args:
     latent_dim: int = 50  # size of z (paper 50)
     hidden_dim: int = 1024  # width of the hidden layers (paper 1024)
     gamma: float = 0.99  # discount per step (paper 0.99)
-    critic_lr: float = 1e-3  # Adam step of the critic (paper 1e-3)
-    actor_lr: float = 1e-3  # Adam step on J(pi) (paper 1e-3)
-    alpha_lr: float = 1e-4  # Adam step of log alpha (paper 1e-4)
-    encoder_lr: float = 1e-3  # Adam step of the encoder on auxiliary losses (paper 1e-3)
-    decoder_lr: float = 1e-3  # Adam step of the decoder (paper 1e-3)
-    alpha_beta1: float = 0.5  # Adam's beta1 of log alpha (paper 0.5)
-    init_temperature: float = 0.1  # first alpha (paper 0.1)
+    critic_lr: float = 1e-3  # Adam's learning rate for the critic (paper 1e-3)
+    actor_lr: float = 1e-3  # Adam's learning rate for the actor (paper 1e-3)
+    alpha_lr: float = 1e-4  # Adam's learning rate for log alpha (paper 1e-4)
+    encoder_lr: float = 1e-3  # Adam's learning rate for the encoder's other losses (paper 1e-3)
+    decoder_lr: float = 1e-3  # Adam's learning rate for the decoder (paper 1e-3)
+    alpha_beta1: float = 0.5  # Adam's beta1 for log alpha (paper 0.5)
+    init_temperature: float = 0.1  # alpha at the start (paper 0.1)
     actor_every_updates: int = 2  # actor and alpha move at every Nth update (paper 2)
     target_every_updates: int = 2  # target networks move at every Nth update (paper 2)
-    critic_tau: float = 0.01  # part of the way that the target Qs go at a time (paper 0.01)
-    encoder_tau: float = 0.05  # part of the way that the target encoder goes (paper 0.05)
+    critic_tau: float = 0.01  # Polyak coefficient of the target Qs (paper 0.01)
+    encoder_tau: float = 0.05  # Polyak coefficient of the target encoder (paper 0.05)
     latent_weight: float = 1e-6  # of the penalty |z|^2 / 2 (paper 1e-6)
     decoder_weight_decay: float = 1e-7  # L2 on the decoder, inside Adam (paper 1e-7)
     kl_weight: float = 3.15e-5  # vae: beta / 31752, half the pixels that the error is a mean of
 
-
-MAY_BE_ZERO = {"action_repeat", "alpha_beta1", "decoder_weight_decay", "gamma", "kl_weight",
-               "latent_weight", "pretrain_updates", "seed"}  # fmt: skip
-AT_MOST = {"conv_strides": 10, "critic_tau": 1, "encoder_tau": 1, "gamma": 1, "image_size": 4096,
-           "seed": 2**31 - 1}  # fmt: skip
-FREE_ON_RESUME = {"checkpoint_every_frames", "cuda_graph", "device", "eval_episodes",
-                  "eval_every_frames", "precision", "resume", "runs_dir", "smoke", "total_frames",
-                  "track", "video"}  # fmt: skip
+    def __post_init__(self):
+        self.action_repeat = self.action_repeat or ACTION_REPEAT.get(self.env_id, 2)
 
 
-def refuse(name, why):
-    """Bad usage: one line that names the flag (or variable) and the remedy; exit status 2."""
-    flag = name if name.isupper() else "--" + name.replace("_", "-")
-    print(f"error: {flag}: {' '.join(str(why).split())}", file=sys.stderr)
-    sys.exit(2)
+ACTION_REPEAT = {  # the paper's; 2 for any other task
+    "ball_in_cup-catch": 4, "cartpole-swingup": 8, "cheetah-run": 4, "finger-spin": 2,
+    "reacher-easy": 4, "walker-walk": 2,
+}  # fmt: skip
+SMOKE = {
+    "env_id": "finger-spin", "action_repeat": 4, "total_frames": 64_000, "image_size": 40,
+    "render": "fast", "warmup_steps": 2000, "pretrain_updates": 500, "updates_per_step": 0.5,
+    "batch_size": 32, "filters": 16, "conv_strides": (2, 2, 1), "hidden_dim": 256, "gamma": 0.95,
+    "critic_tau": 0.02, "alpha_lr": 1e-3, "actor_every_updates": 1, "target_every_updates": 1,
+    "eval_every_frames": 16_000,
+}  # fmt: skip
+MAY_BE_ZERO = {"alpha_beta1", "decoder_weight_decay", "gamma", "kl_weight", "latent_weight",
+               "pretrain_updates", "seed"}  # fmt: skip
+AT_MOST_ONE = {"critic_tau", "encoder_tau", "gamma"}
 
 
-def make_args(values):
-    """Args from JSON or a checkpoint, where tuples may have become lists."""
-    return Args(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+def algorithm_checks(args):
+    """Rows of (flag, whether it is wrong, what to do) that only this script has."""
+    sees_state = args.obs == "state"
+    image_parts = args.reconstruction != "none" or args.frame_stack != 1
+    convs_fit = args.conv_strides and min(conv_sizes(args.image_size, args.conv_strides)) >= 1
+    warmup_frames = args.warmup_steps * args.action_repeat
+    return [
+        ("total_frames", args.total_frames <= warmup_frames, f"use more than the {warmup_frames} "
+         "frames of the warm-up"),
+        ("obs", sees_state and image_parts,
+         "a state is no image; add --reconstruction none --frame-stack 1"),
+        ("freeze_encoder", args.freeze_encoder and args.actor_trains_encoder,
+         "contradicts --actor-trains-encoder; drop one of them"),
+        ("alpha_beta1", args.alpha_beta1 >= 1, "must be below 1"),
+        ("image_size", not convs_fit, "too small for the --conv-strides; raise it"),
+    ]  # fmt: skip
 
 
-def parse_args():
-    """Args from the command line, over the defaults of a smoke run or of the run to resume."""
-    default = Args(**SMOKE) if "--smoke" in sys.argv else Args()
-    args = tyro.cli(Args, default=default, description=__doc__.splitlines()[0])
-    if args.resume:
-        try:
-            was = make_args(json.loads(Path(args.resume, "args.json").read_text()))
-        except (OSError, ValueError, TypeError, AttributeError) as e:
-            refuse("resume", f"{args.resume} is not a run folder of this script ({e})")
-        args = tyro.cli(Args, default=was)
-    check_args(args)
-    return args
-
-
-def check_args(args):
-    """Refuses what cannot work, before PyTorch is imported or anything written."""
-    for name, value in vars(args).items():
-        for number in value if isinstance(value, tuple) else [value]:
-            if isinstance(number, (int, float)) and not isinstance(number, bool):
-                if not 0 < number < math.inf and not (number == 0 and name in MAY_BE_ZERO):
-                    refuse(name, f"{number} is not a finite number above zero")
-                if number > AT_MOST.get(name, math.inf):
-                    refuse(name, f"{number} is above {AT_MOST[name]}")
-    args.action_repeat = args.action_repeat or ACTION_REPEAT.get(args.env_id, 2)
-    check_algorithm(args)
-    if args.replay_capacity < 1000:
-        refuse("replay_capacity", f"{args.replay_capacity} is below 1000, one long episode")
-    if args.track and not importlib.util.find_spec("wandb"):
-        refuse("track", "Weights & Biases is missing: pip install wandb")
-    if args.evaluate and args.resume:
-        refuse("evaluate", "cannot be combined with --resume; drop one of them")
-    if args.evaluate and not Path(args.evaluate).exists():
-        refuse("evaluate", f"there is no {args.evaluate}; give a run folder or a checkpoint")
-    with require_renderer():
-        from absl import logging
-
-        logging.set_verbosity("error")  # MuJoCo warns of dm_control's own XML files
-        import dm_control.suite
-    check_run(args, dm_control.suite.ALL_TASKS)
-
-
-def check_run(args, suite_tasks):
-    """Refuses a run that ends before it learns, and an unknown task."""
-    steps = args.total_frames // args.action_repeat
-    if steps <= args.warmup_steps:
-        refuse("total_frames", f"{steps} steps are no more than the --warmup-steps; raise it")
-    tasks = sorted("-".join(task) for task in suite_tasks)
-    if args.env_id not in tasks:
-        near = difflib.get_close_matches(args.env_id, tasks, 3, 0.4) or tasks
-        refuse("env_id", f"the suite has no task {args.env_id!r}, but {', '.join(near)}")
-
-
-@contextlib.contextmanager
-def require_renderer():
-    """Turns the many ways in which OpenGL can be missing into one line with the remedies."""
-    try:
-        yield
-    except ModuleNotFoundError:  # dm_control is not installed
-        raise
-    except Exception as e:
-        refuse("MUJOCO_GL", f"{os.environ.get('MUJOCO_GL')} cannot render ({e}). egl needs a GPU "
-               "driver or apt-get install libegl1 libgl1-mesa-dri; osmesa needs "
-               "apt-get install libosmesa6; glfw needs a screen")  # fmt: skip
-
-
-@contextlib.contextmanager
-def require_memory():
-    """Turns what NumPy and PyTorch raise where memory is short into one line."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as e:  # on a CPU, PyTorch has no class of its own for it
-        why = (str(e) or "more than there is").splitlines()[0]
-        if isinstance(e, MemoryError) or re.search("allocate|out of memory|Storage size", why):
-            sys.exit(f"error: memory: {why}; smaller networks, batches or counts need less")
-        raise
+# ---- networks ----------------------------------------------------------------------------------
 
 
 def conv_sizes(size, strides):
@@ -244,266 +186,6 @@ def conv_sizes(size, strides):
     for stride in strides:
         sizes.append((sizes[-1] - 3) // stride + 1)
     return sizes
-
-
-def check_algorithm(args):
-    """The part of check_args that is this script's own."""
-    if args.obs == "state" and (args.reconstruction, args.frame_stack) != ("none", 1):
-        refuse("obs", "a state is no image; add --reconstruction none --frame-stack 1")
-    if args.alpha_beta1 >= 1:
-        refuse("alpha_beta1", f"{args.alpha_beta1} is not below 1")
-    if not args.conv_strides:
-        refuse("conv_strides", "there must be one conv layer at least")
-    if args.freeze_encoder and args.actor_trains_encoder:
-        refuse("freeze_encoder", "contradicts --actor-trains-encoder; drop one of them")
-    if min(conv_sizes(args.image_size, args.conv_strides)) < 1:
-        least = functools.reduce(lambda n, stride: (n - 1) * stride + 3, args.conv_strides[::-1], 1)
-        refuse("image_size", f"{args.image_size} is too small for these convs; from {least} on")
-
-
-if __name__ == "__main__":  # up here, so that --help and a wrong flag need not wait for PyTorch
-    ARGS = parse_args()
-
-import imageio
-import numpy as np
-import torch
-import torch.nn as nn
-import torch.nn.functional as F
-from dm_control import suite
-from dm_control.mujoco.engine import Camera
-from filelock import FileLock, Timeout  # comes with torch
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
-
-# ---- PixelEnv (shared: the same text in every script) -------------------------------------------
-
-
-class EnvSpec(NamedTuple):
-    obs_shape: tuple  # (3, H, W) of an image or (S,) of a state vector
-    obs_dtype: torch.dtype
-    action_dim: int
-    state_dim: int = 0  # of Step.state
-
-
-class Step(NamedTuple):
-    obs: np.ndarray  # what the agent sees: image uint8 (3, H, W), or the state
-    state: np.ndarray  # the task's own observation, flattened, float32 (S,)
-    action: np.ndarray  # what led here, float32 (A,); zeros where an episode starts
-    reward: float  # summed over the action repeat
-    discount: float  # 0 where the task ended for good; 1 everywhere else, at a time limit too
-    first: bool  # an episode starts
-    last: bool  # the episode is over
-
-
-def load_task(env_id, random):
-    """The dm_control environment of a task of the suite."""
-    limit = {"time_limit": 30.0} if env_id.startswith("lqr") else {}  # the only one without an end
-    return suite.load(*env_id.split("-", 1), {"random": random, **limit})
-
-
-class PixelEnv:
-    """A dm_control suite task: action repeat, a camera, a random state that can be restored.
-
-    render="exact" gives the pixels of physics.render; "fast" leaves out shadows, reflections and
-    smooth edges, about 40 times as fast without a GPU. Actions are (A,) in [-1, 1].
-    """
-
-    def __init__(self, env_id, seed, action_repeat, image_size, render, pixels=True, video_size=0):
-        self.random = np.random.RandomState(seed)
-        self.env = load_task(env_id, self.random)
-        self.action_repeat, self.image_size, self.pixels = action_repeat, image_size, pixels
-        self.camera_id = 2 if env_id.startswith("quadruped") else 0
-        self.cameras, self.flags = {}, {}
-        action_spec = self.env.action_spec()
-        bounds = action_spec.minimum, action_spec.maximum  # infinite ones (lqr) become -1, 1
-        self.low, self.high = (np.where(np.abs(b) > 1e6, np.sign(b), b) for b in bounds)
-        vis = self.env.physics.model.vis
-        vis.global_.offwidth = vis.global_.offheight = max(image_size, video_size)
-        if render == "fast":
-            vis.quality.offsamples, vis.quality.numslices, vis.quality.numstacks = 0, 8, 6
-            self.flags = {"shadow": False, "reflection": False}
-        dtype = torch.uint8 if pixels else torch.float32
-        first = self.reset()
-        self.spec = EnvSpec(first.obs.shape, dtype, len(self.low), len(first.state))
-        self.fps = max(1, round(1 / (self.env.control_timestep() * action_repeat)))  # of a video
-        self.random.seed(seed)  # as if the reset above, for the shapes, had not been
-
-    def reset(self):
-        """First Step of a new episode."""
-        self.start, self.actions = self.random.get_state(), []
-        return self._see(self.env.reset(), 0.0)
-
-    def step(self, action):
-        """Next Step; the action is repeated until the episode ends at most."""
-        assert not self.last, "the episode is over: reset() comes next"
-        self.actions.append(action.tolist())
-        control = self.low + (np.array(self.actions[-1]) + 1) / 2 * (self.high - self.low)
-        reward = 0.0
-        for _ in range(self.action_repeat):
-            time_step = self.env.step(control)
-            reward += time_step.reward
-            if time_step.last():
-                break
-        return self._see(time_step, reward)
-
-    def _see(self, time_step, reward):
-        self.last = time_step.last()
-        state = np.concatenate([np.ravel(v) for v in time_step.observation.values()])
-        obs = state = state.astype(np.float32)  # obs: unless the agent sees pixels
-        if self.pixels:
-            obs = self.render(self.image_size).transpose(2, 0, 1).copy()
-        action = np.float32(self.actions[-1] if self.actions else [0.0] * len(self.low))
-        discount = 1.0 if time_step.discount is None else time_step.discount
-        return Step(obs, state, action, float(reward), float(discount), not self.actions, self.last)
-
-    def render(self, size):
-        """Image (size, size, 3) uint8; copy it, the camera draws into the same array again."""
-        if size not in self.cameras:
-            self.cameras[size] = Camera(self.env.physics, size, size, self.camera_id)
-        return self.cameras[size].render(render_flag_overrides=self.flags)
-
-    def state_dict(self):
-        """The random state at the episode's start and the actions since then."""
-        name, keys, *rest = self.start
-        return {"random": [name, keys.tolist(), *rest], "actions": list(self.actions)}
-
-    def load_state_dict(self, state):
-        """Plays the episode again up to where it was saved and returns that Step. Setting the
-        simulator's state instead would not be exact: some of it cannot be read."""
-        self.random.set_state(tuple(state["random"]))
-        step = self.reset()
-        for action in state["actions"]:
-            step = self.step(np.float32(action))
-        return step
-
-    def close(self):
-        """Frees the renderer (OSMesa complains at exit otherwise)."""
-        self.env.physics.free()
-
-
-# ---- ReplayBuffer (shared: the same text in every script) ---------------------------------------
-
-
-def upload(values, device):
-    """Array, number or tensor as a tensor on `device`. To CUDA from pinned memory, so that nothing
-    waits for what the GPU still has to do."""
-    tensor, cuda = torch.as_tensor(values), device.startswith("cuda")
-    tensor = tensor.pin_memory() if cuda and tensor.is_cpu else tensor
-    return tensor.to(device, non_blocking=cuda)
-
-
-class ReplayBuffer:
-    """Ring of rows on `device`. Every image is kept once, as uint8; stacks are made when sampled.
-
-    Row t holds image t, the action that led to it (zeros at an episode's start), the reward and
-    the discount on arriving. A transition is rows t and t + 1. Rows are counted from the run's
-    start; row t lies in slot t % capacity. Nothing that is sampled reaches across episodes.
-    """
-
-    def __init__(self, capacity, spec, device):
-        self.capacity, self.device = capacity, device
-        self.row = self.saved = 0  # next row, next row to save
-        self.columns = {
-            "obs": torch.empty((capacity, *spec.obs_shape), dtype=spec.obs_dtype, device=device),
-            "action": torch.empty((capacity, spec.action_dim), device=device),
-            "reward": torch.empty((capacity, 1), device=device),
-            "discount": torch.empty((capacity, 1), device=device),
-        }
-        self.start = np.zeros(capacity, np.int64)  # the row at which the row's episode starts
-
-    @staticmethod
-    def row_bytes(spec):
-        """Memory of one row [bytes]."""
-        obs = math.prod(spec.obs_shape) * spec.obs_dtype.itemsize
-        return obs + 4 * spec.action_dim + 4 + 4 + 8  # reward, discount, start
-
-    def add(self, step):
-        """Appends a Step."""
-        slot, before = self.row % self.capacity, (self.row - 1) % self.capacity
-        self.start[slot] = self.row if step.first else self.start[before]
-        for name, column in self.columns.items():
-            column[slot] = upload(getattr(step, name), self.device)
-        self.row += 1
-
-    def draw(self, rng, count, oldest, length, together):
-        """First rows (count,) of windows of `length` rows, none before `oldest`, whose last
-        `together` rows are of one episode; uniform, with replacement. Raises if there are hardly
-        any."""
-        rows = np.empty(0, np.int64)
-        for _ in range(1000):
-            new = rng.integers(oldest, self.row - length + 1, count)
-            starts = self.start[(new + length - 1) % self.capacity]  # of the last rows' episodes
-            rows = np.append(rows, new[starts <= new + length - together])
-            if len(rows) >= count:
-                return rows[:count]
-        raise ValueError(f"the replay buffer holds hardly any episode of {together} rows")
-
-    def gather(self, column, rows):
-        """Rows of a column, (*rows.shape, ...). On a CPU index_select is much faster than [ ]."""
-        slots = upload(rows.ravel() % self.capacity, self.device)
-        return self.columns[column].index_select(0, slots).unflatten(0, rows.shape)
-
-    def transitions(self, rng, batch_size, stack):
-        """Batch of obs, next_obs (B, stack * C, H, W), action (B, A), reward, discount (B, 1).
-
-        Before an episode's first image, a stack repeats it.
-        """
-        oldest = self.row - self.capacity  # a stack must not reach before it
-        oldest = oldest + stack - 1 if oldest > 0 else 0
-        rows = self.draw(rng, batch_size, oldest, length=2, together=2)
-        starts = self.start[rows % self.capacity]
-        window = np.maximum(rows[:, None] + np.arange(1 - stack, 2), starts[:, None])
-        obs = self.gather("obs", window)  # (B, stack + 1, C, H, W)
-        batch = {key: self.gather(key, rows + 1) for key in ("action", "reward", "discount")}
-        return {"obs": obs[:, :-1].flatten(1, 2), "next_obs": obs[:, 1:].flatten(1, 2), **batch}
-
-    def sequences(self, rng, batch_size, length, together):
-        """Batch of all columns (B, T, ...) and is_first (B, T): T rows of which at least the last
-        `together` are of one episode; where is_first, one starts."""
-        rows = self.draw(rng, batch_size, max(0, self.row - self.capacity), length, together)
-        rows = rows[:, None] + np.arange(length)
-        is_first = upload(self.start[rows % self.capacity] == rows, self.device)
-        return {"is_first": is_first, **{key: self.gather(key, rows) for key in self.columns}}
-
-    def save(self, folder):
-        """Writes the rows since the last save, 1000 a file, each file named by its first row."""
-        for first in range(self.saved, self.row, 1000):
-            rows = np.arange(first, min(first + 1000, self.row))
-            chunk = {key: self.gather(key, rows).cpu() for key in self.columns}
-            chunk["start"] = torch.as_tensor(self.start[rows % self.capacity])
-            write_file(chunk, folder / f"{first:010d}.pt")
-        self.saved = self.row
-
-    def load(self, folder, row):
-        """Fills the buffer with the rows before `row` from the files that save() wrote."""
-        while self.row < row:
-            chunk = read_file(folder / f"{self.row:010d}.pt")
-            rows = np.arange(self.row, self.row + len(chunk["start"]))[-self.capacity :]
-            slots = torch.as_tensor(rows % self.capacity)
-            for key, column in self.columns.items():
-                column[slots.to(self.device)] = chunk[key][-len(rows) :].to(self.device)
-            self.start[slots] = chunk["start"][-len(rows) :]
-            self.row = self.saved = self.row + len(chunk["start"])
-
-
-def free_memory(device):
-    """Bytes free on `device`, within a container's limit; infinite where the system is silent."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-
-    def read(path, word, default):
-        try:
-            return int(re.search(rf"{word}\W*(\d+)", Path(path).read_text())[1])
-        except (OSError, TypeError):  # no such file; no number in it
-            return default
-
-    limit, group = read("/sys/fs/cgroup/memory.max", "", math.inf), "/sys/fs/cgroup/memory.stat"
-    machine = 1024 * read("/proc/meminfo", "MemAvailable", math.inf)
-    return min(machine, limit - read(group, "anon", 0))
-
-
-# ---- helpers -----------------------------------------------------------------------------------
 
 
 def weight_init(module):
@@ -519,8 +201,8 @@ def weight_init(module):
         nn.init.orthogonal_(centre, math.sqrt(2))
 
 
-class Linear32(nn.Linear):
-    """A layer that stays out of bfloat16: values, logits and means need more digits."""
+class Float32Linear(nn.Linear):
+    """A linear layer that stays out of bfloat16: values, logits and means need more digits."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -529,9 +211,8 @@ class Linear32(nn.Linear):
 
 def mlp(in_dim, hidden_dim, out_dim):
     """Two hidden ReLU layers."""
-    return nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.ReLU(),
-                         nn.Linear(hidden_dim, hidden_dim), nn.ReLU(),
-                         Linear32(hidden_dim, out_dim))  # fmt: skip
+    first, second = nn.Linear(in_dim, hidden_dim), nn.Linear(hidden_dim, hidden_dim)
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), Float32Linear(hidden_dim, out_dim))
 
 
 def preprocess(obs):
@@ -555,52 +236,28 @@ def tanh_gaussian(mu, log_std):
     return action, log_prob.sum(-1, keepdim=True)
 
 
-def minimize(loss, *optimizers):
-    """One step of each optimizer on `loss`. Gradients go to the optimizers' own parameters and
-    nowhere else, whatever the loss was computed with."""
-    for optimizer in optimizers:
-        optimizer.zero_grad()
-    parameters = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-    with torch.autocast(loss.device.type, enabled=False):  # backward keeps forward's types
-        loss.backward(inputs=parameters)
-    for optimizer in optimizers:
-        optimizer.step()
-
-
-@torch.no_grad()
-def soft_update(net, target, tau):
-    """target <- tau net + (1 - tau) target."""
-    for p, t in zip(net.parameters(), target.parameters(), strict=True):
-        t.lerp_(p, tau)
-
-
-# ---- networks ----------------------------------------------------------------------------------
-
-
 class Head(nn.Module):
-    """h (B, F) -> z (B, D): linear, LayerNorm, tanh; a beta-VAE's adds noise of learned size, also
-    when it acts, whatever `explore` is."""
+    """h (B, F) -> z (B, D): linear, LayerNorm, tanh. A beta-VAE's head adds noise of learned size,
+    also when the agent is evaluated."""
 
     def __init__(self, h_dim, z_dim, stochastic):
         super().__init__()
-        self.fc, self.norm, self.squash = Linear32(h_dim, z_dim), nn.LayerNorm(z_dim), nn.Tanh()
-        self.log_std = Linear32(h_dim, z_dim) if stochastic else None
+        self.fc = Float32Linear(h_dim, z_dim)
+        self.norm = nn.LayerNorm(z_dim)
+        self.squash = nn.Tanh()
+        self.log_std = Float32Linear(h_dim, z_dim) if stochastic else None
 
-    def gaussian(self, h):
-        """Mean and log standard deviation (B, D) of q(z|o); None: deterministic."""
+    def with_kl(self, h):
+        """z (B, D), and the mean of KL(q(z|o) || N(0, I)), summed over z; 0 if z is no sample."""
         mu = self.squash(self.norm(self.fc(h)))
-        return mu, None if self.log_std is None else bounded_log_std(self.log_std(h))
+        if self.log_std is None:
+            return mu, 0.0
+        log_std = bounded_log_std(self.log_std(h))
+        kl = 0.5 * (mu.square() + (2 * log_std).exp() - 2 * log_std - 1).sum(-1).mean()
+        return mu + log_std.exp() * torch.randn_like(mu), kl
 
     def forward(self, h):
-        mu, log_std = self.gaussian(h)
-        return mu if log_std is None else mu + log_std.exp() * torch.randn_like(mu)
-
-    def kl(self, h):
-        """KL(q(z|o) || N(0, I)), summed over z, mean over the batch; 0 if deterministic."""
-        mu, log_std = self.gaussian(h)
-        if log_std is None:
-            return torch.zeros((), device=h.device)
-        return 0.5 * (mu.square() + (2 * log_std).exp() - 2 * log_std - 1).sum(-1).mean()
+        return self.with_kl(h)[0]
 
 
 class Encoder(nn.Module):
@@ -612,14 +269,19 @@ class Encoder(nn.Module):
     def __init__(self, obs_shape, args, stochastic):
         super().__init__()
         if len(obs_shape) == 1:  # --obs state: nothing to encode
-            self.convs, self.head, self.z_dim = nn.Identity(), nn.Identity(), obs_shape[0]
+            self.convs = nn.Identity()
+            self.head = nn.Identity()
+            self.z_dim = obs_shape[0]
             return
-        sizes, layers, channels = conv_sizes(obs_shape[-1], args.conv_strides), [], obs_shape[0]
+        layers = []
+        channels = obs_shape[0]
         for stride in args.conv_strides:
             layers += [nn.Conv2d(channels, args.filters, 3, stride), nn.ReLU()]
             channels = args.filters
-        self.convs, self.z_dim = nn.Sequential(*layers, nn.Flatten()), args.latent_dim
-        self.head = Head(channels * sizes[-1] ** 2, self.z_dim, stochastic)
+        side = conv_sizes(obs_shape[-1], args.conv_strides)[-1]
+        self.convs = nn.Sequential(*layers, nn.Flatten())
+        self.z_dim = args.latent_dim
+        self.head = Head(channels * side**2, self.z_dim, stochastic)
 
     def forward(self, obs):
         return self.head(self.convs(obs))
@@ -629,7 +291,8 @@ class Decoder(nn.Sequential):
     """z (B, D) -> image stack (B, K * C, H, W), centred at 0: the encoder backwards."""
 
     def __init__(self, obs_shape, z_dim, args):
-        sizes, n = conv_sizes(obs_shape[-1], args.conv_strides), args.filters
+        sizes = conv_sizes(obs_shape[-1], args.conv_strides)
+        n = args.filters
         layers = [nn.Linear(z_dim, n * sizes[-1] ** 2), nn.ReLU()]
         layers += [nn.Unflatten(1, (n, sizes[-1], sizes[-1]))]
         for i, stride in reversed(list(enumerate(args.conv_strides))):
@@ -665,53 +328,73 @@ class Critic(nn.Module):
         return self.q1(z_action), self.q2(z_action)
 
 
+def minimize(loss, *optimizers):
+    """One step of each optimizer on `loss`. Gradients go to the optimizers' own parameters and
+    nowhere else, whatever the loss was computed with."""
+    for optimizer in optimizers:
+        optimizer.zero_grad()
+    parameters = [p for o in optimizers for g in o.param_groups for p in g["params"]]
+    with torch.autocast(loss.device.type, enabled=False):  # backward keeps forward's types
+        loss.backward(inputs=parameters)
+    for optimizer in optimizers:
+        optimizer.step()
+
+
+@torch.no_grad()
+def soft_update(net, target, tau):
+    """target <- tau net + (1 - tau) target."""
+    for p, t in zip(net.parameters(), target.parameters(), strict=True):
+        t.lerp_(p, tau)
+
+
 # ---- Agent -------------------------------------------------------------------------------------
 
 
+class Cadence(NamedTuple):
+    """What an update moves besides the critic."""
+
+    actor: bool
+    decoder: bool
+    target: bool
+
+
 class Agent(nn.Module):
-    """update, the algorithm, to be read first; a method per loss; act."""
+    """SAC+AE. Read update() first: it is the algorithm; each loss is a method."""
+
+    updates = 0  # made so far; the training loop counts them
 
     def __init__(self, args, spec):
         super().__init__()
-        self.args, self.updates, self.action_dim = args, 0, spec.action_dim
+        self.args = args
+        self.spec = spec
         obs_shape = (args.frame_stack * spec.obs_shape[0], *spec.obs_shape[1:])
-        autoencoder = args.reconstruction  # ae, vae or none
-        self.encoder = Encoder(obs_shape, args, stochastic=autoencoder == "vae")
+        self.encoder = Encoder(obs_shape, args, stochastic=args.reconstruction == "vae")
         self.actor = Actor(self.encoder, spec.action_dim, args)
         self.critic = Critic(self.encoder.z_dim, spec.action_dim, args)
-        has_decoder, z_dim = autoencoder != "none", self.encoder.z_dim
-        self.decoder = Decoder(obs_shape, z_dim, args) if has_decoder else None
+        self.decoder = None
+        if args.reconstruction != "none":
+            self.decoder = Decoder(obs_shape, self.encoder.z_dim, args)
         self.log_alpha = nn.Parameter(torch.tensor(math.log(args.init_temperature)))  # D6
         self.apply(weight_init).to(args.device, memory_format=torch.channels_last)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
 
-        # Who trains what: a loss moves the parameters of its own optimizers, nothing else (see
-        # minimize). Each loss that trains the encoder has Adam moments of its own, as published.
+        # Who trains what: each loss has its own optimizers, and a loss moves their parameters and
+        # nothing else. Each loss that trains the encoder has Adam moments of its own, as published.
         adam = functools.partial(torch.optim.Adam, fused=True)
-        encoder, convs = [*self.encoder.parameters()], [*self.encoder.convs.parameters()]
+        encoder = list(self.encoder.parameters())
         seen_by_critic = [] if args.freeze_encoder else encoder  # D5
-        self.moved_by_actor = convs if args.actor_trains_encoder else []  # D1
+        moved_by_actor = self.encoder.convs.parameters() if args.actor_trains_encoder else []  # D1
         self.optimizers = {
             "critic": adam([*seen_by_critic, *self.critic.parameters()], args.critic_lr),
-            "actor": adam([*self.actor.parameters(), *self.moved_by_actor], args.actor_lr),
+            "actor": adam([*self.actor.parameters(), *moved_by_actor], args.actor_lr),
             "alpha": adam([self.log_alpha], args.alpha_lr, (args.alpha_beta1, 0.999)),
         }
         if self.decoder is not None:
-            decay = args.decoder_weight_decay  # coupled: Adam sees it in the gradient
+            decay = args.decoder_weight_decay  # Adam's, which adds it to the gradient; not AdamW's
+            decoder = self.decoder.parameters()
             self.optimizers["encoder"] = adam(encoder, args.encoder_lr)
-            self.optimizers["decoder"] = adam(
-                self.decoder.parameters(), args.decoder_lr, weight_decay=decay)
-
-    @torch.no_grad()  # acting learns nothing
-    def act(self, step, carry, explore):
-        """Action (A,) for a Step, and the next carry: the stack so far, None at a start."""
-        obs = torch.as_tensor(step.obs, device=self.args.device)[None]
-        old = [obs] * (self.args.frame_stack - 1) if carry is None else [carry[:, obs.shape[1] :]]
-        stack = torch.cat([*old, obs], 1)  # (1, K * C, H, W)
-        mu, log_std = self.actor(self.encoder.convs(preprocess(stack)))
-        action = tanh_gaussian(mu, log_std)[0] if explore else torch.tanh(mu)
-        return action[0], stack
+            self.optimizers["decoder"] = adam(decoder, args.decoder_lr, weight_decay=decay)
 
     def critic_loss(self, obs, action, reward, discount, next_obs):
         """Squared TD error of both Qs; obs in [0, 1], action (B, A), reward, discount (B, 1)."""
@@ -720,7 +403,10 @@ class Agent(nn.Module):
             q = torch.min(*self.target_critic(self.target_encoder(next_obs), next_action))
             value = q - self.log_alpha.exp() * log_prob  # (B, 1)  [SAC+AE V]
             target = reward + self.args.gamma * discount * value  # D3
-        q1, q2 = self.critic(self.encoder(obs), action)  # (B, 1)
+        z = self.encoder(obs)  # (B, D)
+        if self.args.freeze_encoder:
+            z = z.detach()  # only reconstruction trains the encoder
+        q1, q2 = self.critic(z, action)  # (B, 1)
         return F.mse_loss(q1, target) + F.mse_loss(q2, target)  # [SAC+AE J(Q)]
 
     def actor_loss(self, h):
@@ -728,13 +414,13 @@ class Agent(nn.Module):
         head are only read: the step on this loss moves the actor alone."""
         action, log_prob = tanh_gaussian(*self.actor(h))
         q = torch.min(*self.critic(self.encoder.head(h), action))
-        alpha = self.log_alpha.exp().detach()  # has a loss of its own
+        alpha = self.log_alpha.exp().detach()  # alpha has a loss of its own
         return (alpha * log_prob - q).mean(), log_prob  # [SAC+AE J(pi)]
 
     def alpha_loss(self, log_prob):
         """Moves the temperature until the entropy is -A; log_prob (B, 1)."""
-        target_entropy = -self.action_dim
-        error = (-log_prob - target_entropy).detach()  # moves alpha, not the actor
+        target_entropy = -self.spec.action_dim
+        error = (-log_prob - target_entropy).detach()  # this loss moves alpha, not the actor
         return (self.log_alpha.exp() * error).mean()  # [SAC+AE J(alpha)]
 
     def image_target(self, images):
@@ -744,52 +430,78 @@ class Agent(nn.Module):
     def reconstruction_loss(self, h, images):
         """Mean squared pixel error, a penalty that keeps z small, and the KL of a beta-VAE; from
         conv features (B, F) and the uint8 images (B, K * C, H, W) that they were made of."""
-        z = self.encoder.head(h)
+        z, kl = self.encoder.head.with_kl(h)
         error = F.mse_loss(self.decoder(z), self.image_target(images))
         penalty = 0.5 * z.square().sum(-1).mean()
-        kl = self.args.kl_weight * self.encoder.head.kl(h)
-        return error + self.args.latent_weight * penalty + kl  # [SAC+AE J(RAE)]
+        weighted = self.args.latent_weight * penalty + self.args.kl_weight * kl
+        return error + weighted  # [SAC+AE J(RAE)]
 
     def cadence(self):
-        """Whether this update moves the actor, the autoencoder, and the targets: what happens at
-        every Nth update. In the first burst all of it does, as in the authors' code, whose counter
-        is the environment's and stands at 1000 there."""
-        args, since = self.args, self.updates - self.args.pretrain_updates + 1
-        every = args.actor_every_updates, args.decoder_every_updates, args.target_every_updates
-        return tuple(since <= 0 or since % n == 0 for n in every)
+        """What this update moves. The first burst of updates moves everything every time, as in
+        the authors' code, which counts steps of the environment, and stands at 1000 meanwhile."""
+        since = self.updates - self.args.pretrain_updates + 1
+
+        def due(every):
+            return since <= 0 or since % every == 0
+
+        return Cadence(
+            actor=due(self.args.actor_every_updates),
+            decoder=due(self.args.decoder_every_updates) and self.decoder is not None,
+            target=due(self.args.target_every_updates),
+        )
 
     def sample(self, buffer, rng):
         """The batch that update() takes."""
         return buffer.transitions(rng, self.args.batch_size, self.args.frame_stack)
 
     def update(self, batch):
-        """One update from a batch of sample(); metrics as 0-d tensors."""
-        optimizers, args = self.optimizers, self.args
-        obs, next_obs = preprocess(batch["obs"]), preprocess(batch["next_obs"])
-        columns = batch["action"], batch["reward"], batch["discount"]
-        metrics = {"loss/critic": self.critic_loss(obs, *columns, next_obs)}
-        minimize(metrics["loss/critic"], optimizers["critic"])
-        actor_due, decoder_due, target_due = self.cadence()
-        decoder_due &= self.decoder is not None
-        # D2: actor and decoder share h. No detach: minimize() ends the actor's backward pass at the
-        # actor's own parameters, so that the graph of h is still whole for the decoder.
-        h = self.encoder.convs(obs) if actor_due or decoder_due else None  # (B, F)
-        if actor_due:
-            metrics["loss/actor"], log_prob = self.actor_loss(h)
-            minimize(metrics["loss/actor"], optimizers["actor"])
-            metrics["loss/alpha"] = self.alpha_loss(log_prob)
-            minimize(metrics["loss/alpha"], optimizers["alpha"])
+        """One update from a batch of sample(); metrics as 0-d tensors.
+
+        On CUDA the update is recorded once for each cadence and then replayed, so that a Python
+        number in it stays what it was when it was recorded. A number that changes from update to
+        update must be a tensor of the batch, or a field of cadence() that takes few values.
+        """
+        args, optimizers = self.args, self.optimizers
+        due = self.cadence()
+        obs = preprocess(batch["obs"])  # (B, K * C, H, W)
+        next_obs = preprocess(batch["next_obs"])
+        transition = obs, batch["action"], batch["reward"], batch["discount"], next_obs
+        critic_loss = self.critic_loss(*transition)
+        minimize(critic_loss, optimizers["critic"])
+        metrics = {"loss/critic": critic_loss}
+
+        h = self.encoder.convs(obs) if due.actor or due.decoder else None  # (B, F)  D2
+        if due.actor:
+            # detached: the actor reads the convs and does not train them
+            actor_loss, log_prob = self.actor_loss(h if args.actor_trains_encoder else h.detach())
+            minimize(actor_loss, optimizers["actor"])
+            alpha_loss = self.alpha_loss(log_prob)
+            minimize(alpha_loss, optimizers["alpha"])
+            metrics |= {"loss/actor": actor_loss, "loss/alpha": alpha_loss}
             metrics |= {"stat/entropy": -log_prob.mean(), "stat/alpha": self.log_alpha.exp()}
-            if self.moved_by_actor:
-                h = self.encoder.convs(obs)  # other features from now on
-        if target_due:
+            if args.actor_trains_encoder:
+                h = self.encoder.convs(obs)  # the convs have moved
+        if due.target:
             soft_update(self.critic, self.target_critic, args.critic_tau)
             soft_update(self.encoder, self.target_encoder, args.encoder_tau)
-        if decoder_due:
-            loss = metrics["loss/reconstruction"] = self.reconstruction_loss(h, batch["obs"])
-            minimize(loss, optimizers["encoder"], optimizers["decoder"])
-        self.updates += 1
+        if due.decoder:
+            reconstruction_loss = self.reconstruction_loss(h, batch["obs"])
+            minimize(reconstruction_loss, optimizers["encoder"], optimizers["decoder"])
+            metrics["loss/reconstruction"] = reconstruction_loss
         return {name: value.detach() for name, value in metrics.items()}
+
+    @torch.no_grad()  # acting learns nothing
+    def act(self, step, carry, explore):
+        """Action (A,) for a Step, and the next carry: the images of the stack, or None before an
+        episode's first step."""
+        obs = torch.as_tensor(step.obs, device=self.args.device)[None]
+        if carry is None:
+            stack = torch.cat([obs] * self.args.frame_stack, 1)  # (1, K * C, H, W)
+        else:
+            stack = torch.cat([carry[:, obs.shape[1] :], obs], 1)  # the newest image comes last
+        mu, log_std = self.actor(self.encoder.convs(preprocess(stack)))
+        action = tanh_gaussian(mu, log_std)[0] if explore else torch.tanh(mu)
+        return action[0], stack
 
     @torch.no_grad()  # for the eye
     def images(self, buffer, rng):
@@ -803,286 +515,418 @@ class Agent(nn.Module):
         return {"reconstruction": grid.permute(2, 0, 3, 1).flatten(1, 2).cpu().numpy()}
 
 
-# ---- evaluate (shared: the same text in every script) -------------------------------------------
+# ---- environment (from here on, every script has the same text) ----------------------------------
 
 
-def rng_state():
-    """PyTorch's random state on the CPU and on the accelerator in use."""
-    states = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        states["cuda"] = torch.cuda.get_rng_state()
-    if torch.backends.mps.is_available():
-        states["mps"] = torch.mps.get_rng_state()
-    return states
+class UsageError(ValueError):
+    """Bad usage: names the flag, or the variable, and says what to do; exit status 2."""
+
+    def __init__(self, name, remedy):
+        super().__init__(f"{name if name.isupper() else '--' + name.replace('_', '-')}: {remedy}")
 
 
-def set_rng_state(states):
-    """Puts back what rng_state gave, as far as this machine has the same."""
-    torch.set_rng_state(states["cpu"].cpu())
-    if "cuda" in states and torch.cuda.is_initialized():
-        torch.cuda.set_rng_state(states["cuda"].cpu())
-    if "mps" in states and torch.backends.mps.is_available():
-        torch.mps.set_rng_state(states["mps"].cpu())
+def stream(seed, purpose, counter):
+    """Random numbers by key: a fresh NumPy generator, from which PyTorch is seeded, too. No random
+    state is ever saved: a resumed run draws the same numbers at the same counters."""
+    rng = np.random.default_rng([seed, *purpose.encode(), counter])
+    torch.manual_seed(int(rng.integers(2**63)))
+    return rng
 
 
-def evaluate(act, env, seed, episodes, video_size=0):
-    """Plays `episodes` episodes of `env` with act(step, carry) -> action, carry.
+class EnvSpec(NamedTuple):
+    obs_shape: tuple  # (3, H, W) of an image or (S,) of a state vector
+    action_dim: int
+    state_dim: int  # of Step.state
 
-    Seeds the environment and PyTorch, and leaves PyTorch's random numbers as they were. Gives the
-    returns (episodes,) and the first episode's images (video_size, video_size, 3) if asked for.
+
+class Step(NamedTuple):
+    obs: np.ndarray  # what the agent sees: image uint8 (3, H, W), or the state
+    state: np.ndarray  # the task's own observation, flattened, float32 (S,)
+    action: np.ndarray  # what led here, float32 (A,); zeros where an episode starts
+    reward: float  # summed over the frames of the step
+    discount: float  # 0 where the task ended for good; 1 everywhere else, at a time limit too
+    first: bool  # an episode starts
+    last: bool  # the episode is over
+    frames: int  # simulated in this step: action_repeat, or fewer at an episode's end
+
+
+def load_task(env_id, random):
+    """The dm_control environment of a task; `random` is its np.random.RandomState."""
+    from dm_control import suite  # not at the top: check_args() says first if OpenGL is missing
+
+    tasks = ["-".join(task) for task in suite.ALL_TASKS]
+    if env_id not in tasks:
+        near = difflib.get_close_matches(env_id, tasks, 3, 0.4) or tasks
+        raise UsageError("env_id", f"the suite has no {env_id!r}, but {', '.join(near)}")
+    limit = {"time_limit": 30.0} if env_id.startswith("lqr") else {}  # the only one without an end
+    return suite.load(*env_id.split("-", 1), {"random": random, **limit})
+
+
+class PixelEnv:
+    """A task with action repeat and a camera; actions are (A,) in [-1, 1]. --render exact gives the
+    pixels of physics.render; fast, without shadows and smooth edges, 40 times as many on a CPU."""
+
+    def __init__(self, args, pixels=True, largest_image=0):
+        self.args = args
+        self.pixels = pixels and args.obs != "state"
+        self.largest_image = max(args.image_size, largest_image)
+        self.random = np.random.RandomState()  # reset() seeds it
+        self.env = load_task(args.env_id, self.random)
+        self.model = None
+        bounds = self.env.action_spec()
+        self.low = np.where(bounds.minimum < -1e6, -1, bounds.minimum)  # lqr's are infinite
+        self.high = np.where(bounds.maximum > 1e6, 1, bounds.maximum)
+        first = self.reset(0)
+        self.spec = EnvSpec(first.obs.shape, len(self.low), len(first.state))
+        self.fps = max(1, round(1 / (self.env.control_timestep() * args.action_repeat)))
+
+    def reset(self, seed):
+        """First Step of the episode that this seed starts."""
+        self.random.seed(seed)
+        time_step = self.env.reset()
+        model = self.env.physics.model
+        if model.ptr is not self.model:  # some environments build a new one each time
+            self.model, self.cameras = model.ptr, {}
+            model.vis.global_.offwidth = model.vis.global_.offheight = self.largest_image
+            if self.args.render == "fast":
+                model.vis.quality.offsamples = 0
+                model.vis.quality.numslices = 8
+                model.vis.quality.numstacks = 6
+        return self.observe(time_step, np.zeros(len(self.low)), 0.0, 0)
+
+    def step(self, action):
+        """Next Step; the action (A,) is repeated until the episode ends at most."""
+        control = self.low + (np.float64(action) + 1) / 2 * (self.high - self.low)
+        time_steps = [self.env.step(control)]
+        while len(time_steps) < self.args.action_repeat and not time_steps[-1].last():
+            time_steps.append(self.env.step(control))
+        reward = sum(time_step.reward for time_step in time_steps)
+        return self.observe(time_steps[-1], action, reward, len(time_steps))
+
+    def observe(self, time_step, action, reward, frames):
+        """The Step of a dm_env.TimeStep."""
+        state = np.float32(np.concatenate([np.ravel(v) for v in time_step.observation.values()]))
+        obs = self.render(self.args.image_size).transpose(2, 0, 1) if self.pixels else state
+        discount = 1.0 if time_step.discount is None else float(time_step.discount)
+        ends = time_step.first(), time_step.last()
+        return Step(obs, state, np.float32(action), float(reward), discount, *ends, frames)
+
+    def render(self, size):
+        """Image (size, size, 3) uint8."""
+        from dm_control.mujoco.engine import Camera
+
+        if size not in self.cameras:  # kept, as making one takes longer than an image
+            camera_id = 2 if self.args.env_id.startswith("quadruped") else 0
+            self.cameras[size] = Camera(self.env.physics, size, size, camera_id)
+        fast = {"shadow": False, "reflection": False} if self.args.render == "fast" else {}
+        return self.cameras[size].render(render_flag_overrides=fast).copy()  # it draws there again
+
+
+# ---- replay buffer -----------------------------------------------------------------------------
+
+
+def upload(values, device):
+    """Array, number or tensor as a tensor on `device`; to CUDA without waiting for the GPU."""
+    tensor = torch.as_tensor(values)
+    if not device.startswith("cuda"):
+        return tensor.to(device)
+    return (tensor.pin_memory() if tensor.is_cpu else tensor).to(device, non_blocking=True)
+
+
+class ReplayBuffer:
+    """Rows in memory-mapped files, appended and never overwritten: a process that dies leaves them
+    as they are, and a resumed one has nothing to load. On a GPU there is a copy of them.
+
+    Row t holds image t, the action that led to it (zeros at an episode's start), the reward and
+    the discount on arriving. A transition is rows t and t + 1. Stacks of images are made when they
+    are sampled. Samples reach `capacity` rows back, and never across episodes.
     """
-    returns, video, before = np.zeros(episodes), [], rng_state()
-    env.random.seed(seed)
-    torch.manual_seed(seed)
-    for i in range(episodes):
-        step, carry = env.reset(), None
-        while not step.last:
-            if video_size and i == 0:
-                video.append(env.render(video_size).copy())
-            action, carry = act(step, carry)
-            step = env.step(action)
-            returns[i] += step.reward
-    set_rng_state(before)  # D4
-    return returns, video
+
+    def __init__(self, folder, rows, args, spec):
+        self.folder = Path(folder)
+        self.capacity = args.replay_capacity
+        self.device = args.device
+        self.row = 0
+        image = len(spec.obs_shape) == 3
+        self.types = {  # of a row; start is the row at which the row's episode starts
+            "obs": np.dtype((np.uint8 if image else np.float32, spec.obs_shape)),
+            "action": np.dtype((np.float32, (spec.action_dim,))),
+            "reward": np.dtype((np.float32, (1,))),
+            "discount": np.dtype((np.float32, (1,))),
+            "state": np.dtype((np.float32, (spec.state_dim,))),
+            "start": np.dtype(np.int64),
+        }
+        self.grow(rows)
+
+    def grow(self, rows):
+        """Takes room for so many rows at once, so that a disk that is too small is noticed now."""
+        self.rows = rows
+        self.folder.mkdir(exist_ok=True)
+        self.files = {}
+        for name, dtype in self.types.items():
+            path = self.folder / name
+            with open(path, "ab") as file:
+                if hasattr(os, "posix_fallocate"):  # not on macOS
+                    os.posix_fallocate(file.fileno(), 0, rows * dtype.itemsize)
+            self.files[name] = np.memmap(path, dtype, "r+", shape=(rows,))
+        self.columns = {k: torch.from_numpy(v).to(self.device) for k, v in self.files.items()}
+
+    def add(self, step):
+        """Appends a Step."""
+        if self.row == self.rows:  # episodes were shorter than expected: there are more starts
+            self.grow(self.rows + self.rows // 4 + 1)
+        row = self.row
+        start = row if step.first else self.files["start"][row - 1]
+        for name, value in {**step._asdict(), "start": start}.items():
+            if name in self.files:
+                self.files[name][row] = value
+                if self.device != "cpu":
+                    self.columns[name][row] = upload(self.files[name][row], self.device)
+        self.row += 1
+
+    def draw(self, rng, count, length, same_episode_tail):
+        """First rows (count,) of windows of `length` rows whose last `same_episode_tail` rows are
+        of one episode; uniform, with replacement. Raises ValueError if there are hardly any."""
+        oldest = max(0, self.row - self.capacity)
+        rows = np.empty(0, np.int64)
+        for _ in range(1000):
+            new = rng.integers(oldest, self.row - length + 1, count)
+            starts = self.files["start"][new + length - 1]  # of the last rows' episodes
+            rows = np.append(rows, new[starts <= new + length - same_episode_tail])
+            if len(rows) >= count:
+                return rows[:count]
+        raise ValueError(f"the replay buffer holds hardly any episode of {same_episode_tail} rows")
+
+    def gather(self, name, rows):
+        """Rows of a column, (*rows.shape, ...). On a CPU index_select is much faster than [ ]."""
+        indices = upload(rows.ravel(), self.device)
+        return self.columns[name].index_select(0, indices).unflatten(0, rows.shape)
+
+    def transitions(self, rng, batch_size, stack):
+        """Batch of obs, next_obs (B, stack * C, H, W), action (B, A), reward, discount (B, 1).
+        Before an episode's first image, a stack repeats it."""
+        rows = self.draw(rng, batch_size, length=2, same_episode_tail=2)
+        window = rows[:, None] + np.arange(1 - stack, 2)
+        window = np.maximum(window, self.files["start"][rows][:, None])
+        obs = self.gather("obs", window)  # (B, stack + 1, C, H, W)
+        batch = {name: self.gather(name, rows + 1) for name in ("action", "reward", "discount")}
+        return {"obs": obs[:, :-1].flatten(1, 2), "next_obs": obs[:, 1:].flatten(1, 2), **batch}
+
+    def sequences(self, rng, batch_size, length, same_episode_tail):
+        """Batch of obs, action, reward, discount (B, T, ...) and is_first (B, T), where an episode
+        starts; at least the last `same_episode_tail` of the T rows are of one episode."""
+        rows = self.draw(rng, batch_size, length, same_episode_tail)[:, None] + np.arange(length)
+        is_first = upload(self.files["start"][rows] == rows, self.device)
+        names = ("obs", "action", "reward", "discount")
+        return {"is_first": is_first, **{name: self.gather(name, rows) for name in names}}
 
 
-# ---- Logger and checkpoints (shared: the same text in every script) -----------------------------
+# ---- evaluation --------------------------------------------------------------------------------
+
+VIDEO_SIZE = 256  # side of a film's images [pixels]
 
 
-@contextlib.contextmanager
-def survive(what):
-    """A full disk costs a warning, not the run (PyTorch raises RuntimeError there)."""
-    try:
-        yield
-    except (OSError, RuntimeError) as e:
-        tqdm.write(f"warning: {what} not written: {e}", file=sys.stderr)
+def evaluate(act, env, seed, episodes, stop, film=False):
+    """Plays episodes, the same ones each time, with act(step, carry) -> action, carry. Gives their
+    returns (episodes,) and the images of the first, if it is filmed; None if a signal came.  D4"""
+    returns, images, number = [], [], 0
+    while len(returns) < episodes:
+        if stop.signal:
+            return None
+        rng = stream(seed, "evaluate", number)
+        number += 1
+        step, carry, total = env.reset(rng.integers(2**32)), None, 0.0
+        try:
+            while not step.last:
+                if film and not returns:
+                    images.append(env.render(VIDEO_SIZE))
+                action, carry = act(step, carry)
+                step = env.step(action.cpu().numpy())
+                total += step.reward
+            returns.append(total)
+        except control.PhysicsError as e:
+            tqdm.write(f"warning: an episode of the evaluation is discarded: {e}")
+    return np.array(returns), images
 
 
-def write_video(path, images, fps):
-    """MP4 if imageio-ffmpeg is installed, else GIF; gives the path with its suffix."""
-    mp4 = importlib.util.find_spec("imageio_ffmpeg")
-    rate = {"fps": fps} if mp4 else {"duration": 1000 / fps, "loop": 0}
-    path = path.with_suffix(".mp4" if mp4 else ".gif")
-    path.write_bytes(imageio.mimsave("<bytes>", images, format=path.suffix, **rate))
-    return path
+# ---- logs and checkpoints ----------------------------------------------------------------------
+
+
+def finite(metrics, updates):
+    """Metrics as floats. Ends a run that becomes NaN or infinite, before a checkpoint is."""
+    metrics = {name: float(value) for name, value in metrics.items()}
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            text = f"{name} is {value} after {updates} updates, which are not saved"
+            raise FloatingPointError(f"{text}; smaller learning rates may help")
+    return metrics
 
 
 class Logger:
-    """Progress bar, metrics.csv with a row per log point, TensorBoard, images and videos."""
+    """Progress bar, metrics.csv with a row per log point, TensorBoard, images and films."""
 
-    def __init__(self, args, run_dir, frames, rows):
-        self.run_dir, self.columns = run_dir, []
-        self.rows = rows  # the caller's list: what is appended here is in its checkpoints
+    def __init__(self, args, run_dir, progress, total_updates):
+        self.run_dir = run_dir
+        self.progress = progress
+        self.start = time.monotonic() - progress.wall_s
+        self.last_return = math.nan
         for name in ("images", "videos"):
             (run_dir / name).mkdir(exist_ok=True)
         if args.track:
-            import wandb
+            wandb = {"id": run_dir.name, "dir": run_dir, "resume": "allow", "config": vars(args)}
+            importlib.import_module("wandb").init(**wandb, sync_tensorboard=True)
+        self.writer = SummaryWriter(run_dir, purge_step=progress.frames + 1)
+        self.writer.add_text("arguments", json.dumps(vars(args), indent=4))
+        # The bar counts updates, as they take the time. Without a terminal it is a line per minute.
+        lines = {} if sys.stderr.isatty() else {"mininterval": 60}
+        form = "{percentage:3.0f}%|{bar:20}| {desc} [{elapsed}<{remaining}]" + "\n" * len(lines)
+        counts = {"initial": progress.updates, "total": total_updates, "miniters": 0}
+        self.bar = tqdm(**counts, **lines, bar_format=form)
 
-            wandb.init(name=run_dir.name, config=vars(args), sync_tensorboard=True)
-        self.writer = SummaryWriter(run_dir, purge_step=frames + 1)
-        threading.excepthook = lambda end: tqdm.write(  # TensorBoard's writes to the disk
-            f"warning: {end.thread.name} ended: {end.exc_value}", file=sys.stderr)
-        self.bar = tqdm(total=args.total_frames, initial=frames, unit="frame", disable=None)
-
-    def tensorboard(self, add):
-        """Gives the writer to `add`: a new one after a failure, as its thread is dead then."""
-        with survive("TensorBoard"):
-            folder = self.run_dir.resolve(strict=True)  # it would make a deleted one anew
-            writer, self.writer = self.writer or SummaryWriter(folder), None
-            add(writer)
-            self.writer = writer
+    def tick(self):
+        """Brings the clock and the progress bar up to date."""
+        progress = self.progress
+        progress.wall_s = time.monotonic() - self.start
+        speed = progress.frames / progress.wall_s
+        text = f"{progress.frames:,} frames, {progress.updates:,} updates, {speed:.0f} frames/s"
+        self.bar.set_description_str(f"{text}, return {self.last_return:.1f}", refresh=False)
+        self.bar.update(progress.updates - self.bar.n)
 
     def log(self, row):
-        """Appends {name: number} to metrics.csv and TensorBoard."""
-        self.rows.append(row)
-        columns = list(dict.fromkeys(name for row in self.rows for name in row))
-        new, self.columns = columns != self.columns, []  # new: the whole file is written, as also
-        with survive("metrics"):  # after a resume and after a write that failed
-            with open(self.run_dir / "metrics.csv", "w" if new else "a", newline="") as file:
-                writer = csv.DictWriter(file, columns, lineterminator="\n")
-                if new:
-                    writer.writeheader()
-                writer.writerows(self.rows if new else [row])
-            self.columns = columns
-        self.tensorboard(lambda board: [
-            board.add_scalar(name, row[name], row["frames"]) for name in row if "/" in name])
-        shown = {k: f"{v:.0f}" for k, v in row.items() if k.endswith(("updates", "return"))}
-        self.bar.set_postfix(shown)
+        """Adds {name: number}, the counters and the last update's metrics as a row."""
+        progress = self.progress
+        progress.metrics = finite(progress.metrics, progress.updates)
+        counters = {"frames": progress.frames, "steps": progress.step, "updates": progress.updates}
+        row = counters | row | progress.metrics | {"time/wall_s": progress.wall_s}
+        progress.rows.append(row)
+        self.last_return = row.get("train/return", self.last_return)
+        columns = dict.fromkeys(name for row in progress.rows for name in row)
+        with open(self.run_dir / "metrics.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, columns, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(progress.rows)
+        for name, value in row.items():
+            if "/" in name:
+                self.writer.add_scalar(name, value, progress.frames)
 
-    def show(self, frames, images, video, fps):
-        """Writes {name: uint8 (H, W, 3)} as PNG and to TensorBoard, and the video; a (T, H, W, 3)
-        among the images is one too."""
-        videos = {"": video} | {f"_{k}": v for k, v in images.items() if v.ndim == 4}
-        images = {k: v for k, v in images.items() if v.ndim == 3}
-        self.tensorboard(lambda board: [
-            board.add_image(k, v, frames, dataformats="HWC") for k, v in images.items()])
-        with survive("images"):
-            for name, image in images.items():
-                path = self.run_dir / f"images/{frames:09d}_{name}.png"
-                path.write_bytes(imageio.imwrite("<bytes>", image, format="png"))
-            for name, film in videos.items():
-                if len(film):
-                    write_video(self.run_dir / f"videos/{frames:09d}{name}", film, fps)
+    def show(self, images, video, fps):
+        """Writes {name: uint8 (H, W, 3)} as PNG and to TensorBoard, and a film (T, H, W, 3)."""
+        frames = self.progress.frames
+        for name, image in images.items():
+            self.writer.add_image(name, image, frames, dataformats="HWC")
+            imageio.imwrite(self.run_dir / f"images/{frames:09d}_{name}.png", image)
+        if len(video):
+            path = self.run_dir / f"videos/{frames:09d}.gif"
+            imageio.mimsave(path, video, duration=1000 / fps, loop=0)
 
 
-def write_file(payload, path, previous=None):
-    """Whole or not at all: temporary file, fsync, rename; what was there becomes `previous`."""
-    part = path.with_suffix(".part")
+def save_checkpoint(run_dir, args, agent, buffer, progress):
+    """Writes checkpoint.pt, whole or not at all."""
+    weights = sum(tensor.sum() for tensor in agent.state_dict().values())
+    progress.metrics = finite(progress.metrics, progress.updates)
+    finite({"the sum of all weights": weights}, progress.updates)
+    for file in buffer.files.values():
+        file.flush()  # so that the rows outlast a failure of the machine, too
+    payload = {"args": vars(args), "spec": tuple(agent.spec), "progress": vars(progress)}
+    payload["row"] = buffer.row
+    payload["agent"] = agent.state_dict()
+    payload["optimizers"] = {name: o.state_dict() for name, o in agent.optimizers.items()}
+    torch.save(payload, data := io.BytesIO())  # not to the file: a full disk raises OSError so
+    with open(run_dir / "checkpoint.part", "wb") as file:
+        file.write(data.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(run_dir / "checkpoint.part", run_dir / "checkpoint.pt")
+
+
+def read_checkpoint(path, flag):
+    """Args and payload of a checkpoint or of a run's folder. Code in the file never runs."""
+    path = Path(path).expanduser()
+    path = path / "checkpoint.pt" if path.is_dir() else path
     try:
-        with open(part, "wb") as file:
-            torch.save(payload, file)
-            file.flush()
-            os.fsync(file.fileno())
-        if previous and path.exists():
-            os.replace(path, previous)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():  # checks every CRC
+                raise ValueError(f"{damaged} is damaged")
+        payload = torch.load(path, map_location="cpu", weights_only=True)
+        return Args(**payload["args"]), payload
+    except Exception as e:  # whatever a damaged or foreign file makes them raise
+        why = (str(e) or type(e).__name__).splitlines()[0]
+        raise UsageError(flag, f"{path} is no checkpoint of this script ({why})") from e
 
 
-def read_file(path, device="cpu"):
-    """torch.load that checks every CRC and lets in tensors and plain types only."""
-    with zipfile.ZipFile(path) as archive:
-        if bad := archive.testzip():
-            raise ValueError(f"{bad} is damaged")
-    return torch.load(path, map_location=device, weights_only=True)
-
-
-def check_finite(metrics, updates):
-    """Ends a run whose losses are NaN or infinite, before such weights reach a checkpoint."""
-    for name, value in metrics.items():
-        if not math.isfinite(value):
-            sys.exit(f"error: {name} is {float(value)} after {updates} updates; it is not saved. "
-                     "A new run with smaller learning rates may help")  # fmt: skip
-
-
-@survive("checkpoint")
-def save_checkpoint(run_dir, args, agent, buffer, env, rng, progress):
-    """All that the rest of the run depends on; the checkpoint before stays as previous.pt."""
-    total = sum(tensor.sum() for tensor in agent.state_dict().values())
-    check_finite(progress["metrics"] | {"the sum of all weights": total}, agent.updates)
-    (run_dir / "replay").mkdir(exist_ok=True)
-    buffer.save(run_dir / "replay")
-    payload = {
-        "format": 1, "script": Path(__file__).stem, "args": dataclasses.asdict(args),
-        "agent": agent.state_dict(), "updates": agent.updates, "row": buffer.row,
-        "optimizers": {name: o.state_dict() for name, o in agent.optimizers.items()},
-        "env": env.state_dict(), "numpy": rng.bit_generator.state, "torch": rng_state(),
-        "version": str(torch.__version__), "progress": progress,
-    }  # fmt: skip
-    write_file(payload, run_dir / "checkpoint.pt", run_dir / "previous.pt")
-
-
-def read_checkpoint(path, flag, device):
-    """Payload of a checkpoint, or of the newest readable one of a run; refuses anything else."""
-    path, problems = Path(path), []
-    for file in [path / "checkpoint.pt", path / "previous.pt"] if path.is_dir() else [path]:
-        try:
-            payload = read_file(file, device)
-            if (payload["format"], payload["script"]) != (1, Path(__file__).stem):
-                raise ValueError(f"written by {payload['script']}, format {payload['format']}")
-        except Exception as e:  # whatever a damaged, foreign or hostile file makes them raise
-            why = "is missing" if isinstance(e, FileNotFoundError) else f"is unusable: {e}"
-            problems.append(f"{file.name} {why}"[:200])
-        else:
-            if problems:
-                print(f"warning: {problems[0]}; going on from {file.name}", file=sys.stderr)
-            if problems and flag == "resume" and (path / "checkpoint.pt").exists():
-                os.replace(path / "checkpoint.pt", path / "damaged.pt")  # never to be previous.pt
-            return payload
-    refuse(flag, f"no checkpoint of {Path(__file__).name} in {path} ({'; '.join(problems)})")
-
-
-def load_checkpoint(payload, run_dir, agent, buffer, env, rng):
-    """Puts everything back where it was; gives the progress and the environment's Step."""
+def restore_agent(args, payload):
+    """The Agent of a checkpoint, with its optimizers."""
+    agent = Agent(args, EnvSpec(*payload["spec"]))
     agent.load_state_dict(payload["agent"])
-    agent.updates = payload["updates"]
     for name, optimizer in agent.optimizers.items():
         optimizer.load_state_dict(payload["optimizers"][name])
-    try:
-        buffer.load(run_dir / "replay", payload["row"])
-    except Exception as e:
-        refuse("resume", f"a file in {run_dir / 'replay'} is missing or damaged ({e})")
-    rng.bit_generator.state = payload["numpy"]
-    if payload["version"] != torch.__version__:
-        print(f"warning: saved with PyTorch {payload['version']}; the numbers will differ")
-    set_rng_state(payload["torch"])
-    progress, step = payload["progress"], env.load_state_dict(payload["env"])
-    payload.clear()  # gives back its memory
-    return progress, step
+    return agent
 
 
-# ---- CUDA graphs (shared; a reader can skip them) ------------------------------------------------
+def load_agent(path, device="cpu"):
+    """The trained agent of a run's folder, for code of your own. After env = PixelEnv(agent.args)
+    and step = env.reset(seed=0), agent.act(step, carry=None, explore=False) gives an action."""
+    args, payload = read_checkpoint(path, "evaluate")
+    return restore_agent(dataclasses.replace(args, device=device), payload)
 
 
-class CudaGraph:
-    """Takes the place of an agent's method: records what that launches on the GPU, and from then on
-    launches it all at once, on inputs at fixed places.
+# ---- CUDA graphs (a reader can skip them) --------------------------------------------------------
 
-    There is a recording for each form of the inputs (nested tensors, arrays, numbers, None), each
-    value of the bools among them, the options and cadence(). Whatever else the method reads or
-    changes must lie on the GPU; only agent.updates may be counted besides.
-    """
 
-    def __init__(self, agent, name, cadence):
-        self.agent, self.method, self.cadence = agent, getattr(agent, name), cadence
-        self.calls, self.graphs, self.stream = {}, {}, torch.cuda.Stream()
-        setattr(agent, name, self)
+def record(agent, name, cadence=tuple):
+    """Replaces an agent's method by one that records what the method launches on the GPU, and from
+    then on launches it all at once, on inputs at fixed places. There is a recording for each form
+    of the inputs (nested tensors, arrays, numbers, None), each value of the bools among them, the
+    options and cadence(). Whatever else the method reads or changes must lie on the GPU."""
+    method = getattr(agent, name)
+    calls, graphs, side_stream = {}, {}, torch.cuda.Stream()
 
-    def __call__(self, *inputs, **options):
-        agent, now = self.agent, torch.cuda.current_stream()
-        inputs = tree_map(lambda v: v if v is None or isinstance(v, bool) else
-                          upload(v, agent.args.device), inputs)  # fmt: skip
+    def place(value):
+        fixed = value is None or isinstance(value, bool)
+        return value if fixed else upload(value, agent.args.device)
+
+    def launch(*inputs, **options):
+        inputs = tree_map(place, inputs)
         shapes = tree_map_only(torch.Tensor, lambda tensor: tensor.shape, inputs)
-        key = str((shapes, options, self.cadence()))
-        self.calls[key] = self.calls.get(key, 0) + 1
-        if self.calls[key] <= 3:  # the first calls choose algorithms and make Adam's moments
-            self.stream.wait_stream(now)
-            with torch.cuda.stream(self.stream):
-                outputs = self.method(*inputs, **options)
-            now.wait_stream(self.stream)
+        key = str((shapes, options, cadence()))
+        calls[key] = calls.get(key, 0) + 1
+        if calls[key] <= 3:  # the first calls choose algorithms and make Adam's moments
+            now = torch.cuda.current_stream()
+            side_stream.wait_stream(now)
+            with torch.cuda.stream(side_stream):
+                outputs = method(*inputs, **options)
+            now.wait_stream(side_stream)
             return outputs
-        if key not in self.graphs:
-            groups = [g for o in agent.optimizers.values() for g in o.param_groups]
+        if key not in graphs:
             places = tree_map_only(torch.Tensor, torch.clone, inputs)
-            graph, before = torch.cuda.CUDAGraph(), agent.updates
+            groups = [g for o in agent.optimizers.values() for g in o.param_groups]
+            graph = torch.cuda.CUDAGraph()
             for group in groups:
                 group["capturable"] = True
             with torch.cuda.graph(graph):  # launches nothing
-                outputs = self.method(*places, **options)
+                outputs = method(*places, **options)
             for group in groups:
                 group["capturable"] = False
-            self.graphs[key] = graph, places, outputs, agent.updates - before
-            agent.updates = before
-        graph, places, outputs, updates = self.graphs[key]
-        for place, value in zip(tree_leaves(places), tree_leaves(inputs), strict=True):
-            if isinstance(place, torch.Tensor):
-                place.copy_(value)
+            graphs[key] = graph, places, outputs
+        graph, places, outputs = graphs[key]
+        for old, new in zip(tree_leaves(places), tree_leaves(inputs), strict=True):
+            if isinstance(old, torch.Tensor):
+                old.copy_(new)
         graph.replay()
-        agent.updates += updates
         return tree_map_only(torch.Tensor, torch.clone, outputs)
 
+    launch.graphs = graphs
+    setattr(agent, name, launch)
 
-# ---- train (shared: the same text in every script) ----------------------------------------------
+
+# ---- training loop -----------------------------------------------------------------------------
 
 
 def autocast(args):
-    """What updates run in: with --precision bf16, convs and matrix products in bfloat16. Without a
-    cache of converted weights, as they change in the middle of an update."""
-    return torch.autocast(args.device.split(":")[0], torch.bfloat16, args.precision == "bf16",
-                          cache_enabled=False)  # fmt: skip
-
-
-def make_env(args, seed, pixels=True, video_size=0):
-    """The run's task; pixels=False does without images."""
-    return PixelEnv(args.env_id, seed, args.action_repeat, args.image_size, args.render,
-                    pixels and args.obs == "pixels", video_size)  # fmt: skip
-
-
-def replay_rows(args):
-    """Rows of the replay buffer: one per step and one per episode start, of 1000 frames each."""
-    rows = args.total_frames // args.action_repeat + args.total_frames // 1000 + 2
-    return min(args.replay_capacity, rows)
+    """What updates run in: with --precision bf16, convs and matrix products in bfloat16. Converted
+    weights are not cached, as they change in the middle of an update."""
+    on = args.precision == "bf16"
+    return torch.autocast(args.device.split(":")[0], torch.bfloat16, on, cache_enabled=False)
 
 
 def updates_due(args, step):
@@ -1091,205 +935,313 @@ def updates_due(args, step):
     return args.pretrain_updates + int(args.updates_per_step * since) if since >= 0 else 0
 
 
-class Interrupt:
-    """Ctrl-C or SIGTERM sets `signal`; the loop stops with a checkpoint. A second one kills."""
+class Stop:
+    """Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 sets `signal`, and the run stops with a checkpoint where
+    it next can. A second signal ends the process at once."""
 
-    def __init__(self):
-        self.signal = 0
-        signal.signal(signal.SIGINT, self)
-        signal.signal(signal.SIGTERM, self)
+    signal = 0
+
+    def __enter__(self):
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():  # only there signals are caught
+            for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+                number = getattr(signal, name, None)  # Windows lacks two of them
+                if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
+                    self.handlers[number] = signal.signal(number, self)
+        return self
 
     def __call__(self, number, _):
         self.signal = number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        print("\nstopping with a checkpoint; once more to stop at once", file=sys.stderr)
+        for other in self.handlers:
+            signal.signal(other, signal.SIG_DFL)
+        print("\nstopping soon, with a checkpoint; once more to stop at once", file=sys.stderr)
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
 
-def train(args, run_dir, interrupt, payload=None):
-    """The loop, which knows nothing of the algorithm; `now` is its own part of a checkpoint."""
-    rng = np.random.default_rng(args.seed)
-    torch.manual_seed(args.seed)
-    env, video_size = make_env(args, args.seed), 256 if args.video else 0
-    eval_env, eval_seed = make_env(args, 0, video_size=video_size), args.seed + 2**31
-    agent = Agent(args, env.spec)
-    buffer = ReplayBuffer(replay_rows(args), env.spec, args.device)
-    if args.cuda_graph and args.device.startswith("cuda"):
-        CudaGraph(agent, "update", agent.cadence)
-        CudaGraph(agent, "act", cadence=tuple)  # none: tuple() is ()
-    total_steps = args.total_frames // args.action_repeat
-    eval_steps = max(1, args.eval_every_frames // args.action_repeat)
-
-    def random_action():
-        return torch.as_tensor(rng.uniform(-1, 1, env.spec.action_dim), dtype=torch.float32)
-
-    def log(row):
-        check_finite(now["metrics"], agent.updates)
-        now["wall_s"], frames = time.monotonic() - clock, now["step"] * args.action_repeat
-        counters = {"frames": frames, "steps": now["step"], "updates": agent.updates}
-        metrics = {k: float(v) for k, v in now["metrics"].items()}  # of the last update with them
-        logger.log(counters | row | metrics | {"time/wall_s": now["wall_s"]})
-
+def train(args, run_dir, stop, payload=None):
+    """Plays whole episodes and makes the updates that are due at each step; it knows nothing of
+    the algorithm. Evaluations and checkpoints come between episodes. Gives the progress."""
+    env = PixelEnv(args)
+    eval_env = PixelEnv(args, largest_image=VIDEO_SIZE * args.video)
+    total_steps = math.ceil(args.total_frames / args.action_repeat)
     if payload:
-        now, step = load_checkpoint(payload, run_dir, agent, buffer, env, rng)
+        agent = restore_agent(args, payload)
+        progress = SimpleNamespace(**payload["progress"])
     else:
-        blind = make_env(args, 0, pixels=False)
-        returns, _ = evaluate(lambda *_: (random_action(), None), blind, eval_seed, 10)
+        stream(args.seed, "weights", 0)
+        agent = Agent(args, env.spec)
+        counters = dict.fromkeys(["step", "frames", "episode", "updates", "evaluated"], 0)
+        progress = SimpleNamespace(**counters, wall_s=0.0, eval_return=None, metrics={}, rows=[])
+    rows = total_steps + args.total_frames // 1000 + 1000  # with starts, and the last episode
+    try:
+        buffer = ReplayBuffer(run_dir / "replay", rows, args, env.spec)
+    except OSError as e:
+        raise UsageError("runs_dir", f"no room for {rows:,} rows of the replay buffer ({e})") from e
+    buffer.row = payload["row"] if payload else 0
+    if args.cuda_graph and args.device.startswith("cuda"):
+        record(agent, "update", agent.cadence)
+        record(agent, "act")
+    saved = time.monotonic()
+
+    def random_policy(step, carry):
+        return 2 * torch.rand(env.spec.action_dim) - 1, None
+
+    def update():
+        agent.updates = progress.updates
+        rng = stream(args.seed, "update", progress.updates)
+        with autocast(args):
+            progress.metrics |= agent.update(agent.sample(buffer, rng))
+        progress.updates += 1
+
+    def save(minutes=0.0):
+        nonlocal saved
+        if time.monotonic() - saved >= 60 * minutes:
+            save_checkpoint(run_dir, args, agent, buffer, progress)
+            saved = time.monotonic()
+
+    if not payload:
+        returns, _ = evaluate(random_policy, PixelEnv(args, pixels=False), args.seed, 10, Stop())
+        progress.random_return = returns.mean().item()
         print(f"random policy: {returns.mean():.1f} +- {returns.std():.1f} over 10 episodes")
-        now = {"step": 0, "action": None, "carry": None, "return": 0.0, "metrics": {}, "rows": [],
-               "random_return": returns.mean().item(), "eval_return": None, "wall_s": 0.0,
-               "saved": 0}  # fmt: skip
-        step = env.reset()
-        buffer.add(step)
-    logger = Logger(args, run_dir, now["step"] * args.action_repeat, now["rows"])
-    clock, began = time.monotonic() - now["wall_s"], None
-    while now["step"] < total_steps:
-        if now["action"] is None:  # chosen before the updates; a run may be stopped among these
-            action, now["carry"] = agent.act(step, now["carry"], explore=True)
-            warm = now["step"] >= args.warmup_steps  # before, only the carry counts
-            now["action"] = action.cpu() if warm else random_action()
-        wanted = updates_due(args, now["step"])
-        while agent.updates < wanted and not interrupt.signal:
-            with autocast(args):
-                now["metrics"] |= agent.update(agent.sample(buffer, rng))
-            if agent.updates == 10:
-                began = time.monotonic()
-            elif agent.updates == 30 and began and args.device == "cpu":
-                left = updates_due(args, total_steps) * (time.monotonic() - began) / 20
-                left = tqdm.format_interval(left)
-                tqdm.write(f"on this CPU the updates alone take at least {left}; see --smoke")
-            if agent.updates % 1000 == 0 and agent.updates < wanted:  # a long burst
-                log({})
-                save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
-        if interrupt.signal:
+        save()
+    logger = Logger(args, run_dir, progress, updates_due(args, total_steps - 1))
+    while not stop.signal:
+        finished = progress.frames >= args.total_frames
+        evaluations = progress.frames // args.eval_every_frames
+        missed = evaluations > progress.evaluated // args.eval_every_frames
+        if missed or (finished and progress.evaluated < progress.frames):
+            policy = functools.partial(agent.act, explore=False)
+            result = evaluate(policy, eval_env, args.seed, args.eval_episodes, stop, args.video)
+            if result is None:
+                break  # the resumed run evaluates again
+            returns, video = result
+            progress.evaluated = progress.frames
+            mean, std = returns.mean().item(), returns.std().item()
+            tqdm.write(f"{progress.frames:,} frames: evaluation {mean:.1f} +- {std:.1f}")
+            progress.eval_return = mean
+            logger.log({"eval/return": mean, "eval/return_std": std})
+            rng = stream(args.seed, "images", progress.frames)
+            logger.show(agent.images(buffer, rng), video, env.fps)
+        if finished:
             break
 
-        if not now["action"].isfinite().all():
-            check_finite(now["metrics"] | {"the action": math.nan}, agent.updates)
-        step = env.step(now["action"])
-        buffer.add(step)
-        now |= {"step": now["step"] + 1, "action": None, "return": now["return"] + step.reward}
-        frames, row = now["step"] * args.action_repeat, {}
-        logger.bar.update(args.action_repeat)
-        if step.last:
-            row["train/return"] = now["return"]
-        if now["step"] % eval_steps == 0 or now["step"] == total_steps:
-            policy = functools.partial(agent.act, explore=False)
-            returns, video = evaluate(policy, eval_env, eval_seed, args.eval_episodes, video_size)
-            now["eval_return"] = row["eval/return"] = returns.mean().item()
-            row["eval/return_std"] = returns.std().item()
-            tqdm.write(f"{frames:,} frames: evaluation {returns.mean():.1f} +- {returns.std():.1f}")
-            state = rng_state()  # some images take random numbers
-            logger.show(frames, agent.images(buffer, np.random.default_rng(0)), video, env.fps)
-            set_rng_state(state)
-        if row:
-            log(row)
-        if step.last:
-            step = env.reset()
+        # what is due before the first action: a long burst can be saved and stopped at any update
+        while progress.updates < updates_due(args, progress.step) and not stop.signal:
+            update()
+            logger.tick()
+            if progress.updates % 1000 == 0:
+                logger.log({})
+            save(args.checkpoint_every_minutes)
+        if stop.signal:
+            break
+
+        warm = progress.step >= args.warmup_steps
+        first_row = buffer.row
+        episode_return, carry = 0.0, None
+        rng = stream(args.seed, "episode", progress.episode)
+        try:
+            step = env.reset(rng.integers(2**32))
             buffer.add(step)
-            now |= {"carry": None, "return": 0.0}
-            unsaved = frames - now["saved"]
-            if unsaved >= args.checkpoint_every_frames and now["step"] < total_steps:
-                now["saved"] = frames
-                save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
-    now["wall_s"] = time.monotonic() - clock
-    save_checkpoint(run_dir, args, agent, buffer, env, rng, now)
+            while not step.last:
+                stream(args.seed, "act", progress.step)
+                act = functools.partial(agent.act, explore=True) if warm else random_policy
+                action, carry = act(step, carry)
+                due = updates_due(args, progress.step) if warm else 0
+                most = progress.updates + math.ceil(args.updates_per_step)
+                while progress.updates < min(due, most):  # more would wait for the next episode
+                    update()
+                action = action.cpu().numpy()
+                finite({"the action": action.sum()}, progress.updates)
+                progress.step += 1
+                step = env.step(action)
+                buffer.add(step)
+                progress.frames += step.frames
+                episode_return += step.reward
+                logger.tick()
+            logger.log({"train/return": episode_return})
+        except control.PhysicsError as e:
+            tqdm.write(f"warning: episode {progress.episode} is discarded: {e}")
+            progress.frames += args.action_repeat  # a task that always fails ends, too
+            buffer.row = first_row
+        progress.episode += 1
+        save(args.checkpoint_every_minutes)
+    save()
     logger.bar.close()
-    logger.tensorboard(SummaryWriter.close)
-    env.close()
-    eval_env.close()
-    return summary(args, now, agent.updates)
+    logger.writer.close()
+    return progress
 
 
-# ---- main (shared: the same text in every script) -----------------------------------------------
+# ---- main --------------------------------------------------------------------------------------
+
+MAY_CHANGE = {
+    "resume": {"resume", "smoke", "total_frames", "device", "video", "track", "runs_dir",
+               "precision", "cuda_graph", "delete_replay", "eval_every_frames", "eval_episodes",
+               "checkpoint_every_minutes"},
+    "evaluate": {"evaluate", "smoke", "seed", "eval_episodes", "device", "video", "runs_dir"},
+}  # fmt: skip
 
 
-def summary(args, now, updates):
-    """The numbers of the last line that is printed."""
-    return {"env_id": args.env_id, "script": Path(__file__).stem, "seed": args.seed,
-            "device": args.device, "frames": now["step"] * args.action_repeat, "updates": updates,
-            "wall_s": round(now["wall_s"], 1), "random_return": now["random_return"],
-            "eval_return": now["eval_return"]}  # fmt: skip
+def check_args(args):
+    """Refuses what cannot work, before anything is written."""
+    for name, value in vars(args).items():
+        for number in value if isinstance(value, tuple) else [value]:
+            if type(number) in (int, float):
+                allowed = 0 < number < math.inf or (number == 0 and name in MAY_BE_ZERO)
+                if not allowed or (number > 1 and name in AT_MOST_ONE):
+                    limit = " and at most 1" * (name in AT_MOST_ONE)
+                    raise UsageError(name, f"{number} is not a finite number above zero{limit}")
+    rows = [  # flag, whether it is wrong, what to do
+        *algorithm_checks(args),
+        ("evaluate", args.evaluate and args.resume, "excludes --resume; drop one of them"),
+        ("replay_capacity", args.replay_capacity < 1000, "must be 1000, a long episode, at least"),
+        ("track", args.track and not importlib.util.find_spec("wandb"), "pip install wandb, first"),
+    ]
+    for flag, wrong, remedy in rows:
+        if wrong:
+            raise UsageError(flag, remedy)
+    if args.video or args.obs != "state":
+        try:
+            from dm_control import _render
+
+            _render.Renderer(max(args.image_size, VIDEO_SIZE), VIDEO_SIZE).free()
+        except Exception as e:  # OpenGL can be missing in many ways
+            used = {name: os.environ[name] for name in os.environ if name.startswith("MUJOCO_")}
+            text = f"cannot render with {used} ({e}). Try MUJOCO_GL=egl, which needs a GPU driver "
+            text += "or libegl1 and libgl1-mesa-dri, or MUJOCO_GL=osmesa, which needs libosmesa6"
+            raise UsageError("MUJOCO_GL", text) from e
 
 
-def play(args):
-    """--evaluate: plays a checkpoint's agent and writes a video beside it."""
-    payload, path = read_checkpoint(args.evaluate, "evaluate", args.device), Path(args.evaluate)
-    chosen = {k: v for k, v in vars(args).items() if k in FREE_ON_RESUME}
-    args = dataclasses.replace(make_args(payload["args"]), **chosen)
-    with require_renderer():
-        env = make_env(args, 0, video_size=256)
-    agent = Agent(args, env.spec)
-    agent.load_state_dict(payload["agent"])
-    policy = functools.partial(agent.act, explore=False)
-    returns, video = evaluate(policy, env, args.seed + 2**31, args.eval_episodes, 256 * args.video)
-    env.close()
-    print("returns: " + " ".join(f"{r:.1f}" for r in returns))
-    if video:
-        folder = path if path.is_dir() else path.parent
-        with survive("video"):
-            print(f"video: {write_video(folder / 'evaluation', video, env.fps)}")
-    now = payload["progress"] | {"eval_return": returns.mean().item()}
-    return summary(args, now, payload["updates"])
+def parse_args(words):
+    """Args from the command line, and the payload of the checkpoint that they name, or None."""
+    for i, word in enumerate(words):
+        if re.fullmatch(r"[\d.]+e\d+", word) and float(word).is_integer():
+            words[i] = str(int(float(word)))  # 1e6 is a whole number, too
+    description = (__doc__ or "").partition("\n")[0]  # python -OO has no docstrings
+    default = Args(**SMOKE) if "--smoke" in words else None
+    args = tyro.cli(Args, args=words, default=default, description=description)
+    payload = None
+    if args.resume or args.evaluate:
+        flag = "resume" if args.resume else "evaluate"
+        was, payload = read_checkpoint(args.resume or args.evaluate, flag)
+        args = tyro.cli(Args, args=words, default=was, description=description)
+        for name, value in vars(was).items():
+            if name not in MAY_CHANGE[flag] and value != getattr(args, name):
+                raise UsageError(name, f"--{flag} cannot change it, the run has {value}")
+    check_args(args)
+    return args, payload
 
 
-def main(args):
-    """Checks what takes PyTorch and the simulator to check, then trains or plays."""
+def choose_device(args):
+    """Resolves --device auto, and sets the precision of float32 products."""
     if args.device == "auto":
-        mps = torch.backends.mps.is_available()
-        args.device = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        args.device = str(torch.accelerator.current_accelerator() or "cpu")
     try:
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as e:
-        refuse("device", f"{args.device} cannot be used; try auto ({str(e).splitlines()[0]})")
+        text = f"{args.device} cannot be used; cpu, cuda, cuda:1, mps or auto might ({e})"
+        raise UsageError("device", text.splitlines()[0]) from e
     if args.device.startswith("cuda:"):
         torch.cuda.set_device(args.device)
     tf32 = args.precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-    if args.evaluate:
-        print("summary " + json.dumps(play(args) | {"run_dir": args.evaluate}))
-        return
-    with require_renderer():
-        env = make_env(args, 0)
-        env.close()
-    rows, row_bytes = replay_rows(args), ReplayBuffer.row_bytes(env.spec)
-    size, free = rows * row_bytes, free_memory(args.device)
-    if size > free:
-        refuse("replay_capacity", f"{rows} rows of {row_bytes} bytes are {size / 2**30:.1f} GiB, "
-               f"{free / 2**30:.1f} are free; at most {int(0.9 * free / row_bytes)}")  # fmt: skip
-    payload, run_dir = None, Path(args.resume)
-    if not args.resume:
-        stamp = time.strftime("%Y%m%d-%H%M%S-") + str(os.getpid())
+
+
+def make_run_dir(args):
+    """A new folder with the arguments and a copy of this script, with which the run can be played
+    when the script has changed; or the folder to resume. Locked until the process ends."""
+    if args.resume:
+        run_dir = Path(args.resume).expanduser()
+        run_dir = run_dir if run_dir.is_dir() else run_dir.parent
+        if not (run_dir / "replay").exists():
+            raise UsageError("resume", "the run's replay buffer was deleted; start a new run")
+    else:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
         name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{stamp}"
-        run_dir = Path(args.runs_dir, name)
+        run_dir = Path(args.runs_dir).expanduser() / name
         try:
             run_dir.mkdir(parents=True)
-            (run_dir / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=1))
+            (run_dir / "args.json").write_text(json.dumps(vars(args), indent=1))
+            shutil.copy(__file__, run_dir)
         except OSError as e:
-            refuse("runs_dir", f"{run_dir} cannot be made ({e.strerror})")
-    lock, probe = FileLock(run_dir / "lock"), run_dir / "probe"
+            raise UsageError("runs_dir", f"{run_dir} cannot be made ({e.strerror})") from e
+    lock = FileLock(run_dir / "lock")
     try:
-        lock.acquire(timeout=0)  # until this process ends, in whatever way
-        probe.write_bytes(bytes(2**20))
-        probe.unlink()
-    except (OSError, Timeout) as e:
-        refuse("resume" if args.resume else "runs_dir", f"another process is at work in {run_dir}, "
-               f"or it cannot be written to ({e})")  # fmt: skip
-    if args.resume:
-        payload = read_checkpoint(run_dir, "resume", args.device)
-        for name, was in vars(make_args(payload["args"])).items():
-            if name not in FREE_ON_RESUME and was != getattr(args, name):
-                refuse(name, f"the run has {was}; for another value start a new run")
-    print(f"{args.env_id}, seed {args.seed}, {args.device}, in {run_dir}\nreplay: {rows:,} rows of "
-          f"{row_bytes:,} bytes, {size / 2**30:.2f} GiB of {free / 2**30:.1f} free", flush=True)
-    interrupt = Interrupt()
-    numbers = train(args, run_dir, interrupt, payload)
-    if numbers["frames"] + args.action_repeat <= args.total_frames:  # a step was left
-        print(f"stopped; to go on: python {Path(__file__).name} --resume {run_dir}")
-        sys.exit(128 + interrupt.signal)
-    print("summary " + json.dumps(numbers | {"run_dir": str(run_dir)}))
+        lock.acquire(timeout=0)
+    except Timeout as e:
+        raise UsageError("resume", f"another process is at work in {run_dir}") from e
+    except (OSError, NotImplementedError) as e:
+        print(f"warning: {run_dir} cannot be locked ({e}); one process at a time may use it")
+    return run_dir, lock
+
+
+def summary(args, progress, run_dir):
+    """The last line that is printed, and summary.json."""
+    about = {"env_id": args.env_id, "script": Path(__file__).stem, "seed": args.seed}
+    about |= {"device": args.device, "run_dir": str(run_dir)}
+    names = ("frames", "updates", "wall_s", "random_return", "eval_return")
+    numbers = json.dumps(about | {name: getattr(progress, name) for name in names})
+    print(f"summary {numbers}")
+    return numbers
+
+
+def play(args, payload):
+    """--evaluate: plays a trained agent and films its first episode."""
+    path = Path(args.evaluate).expanduser()
+    folder = path if path.is_dir() else path.parent
+    if args.runs_dir != payload["args"]["runs_dir"]:
+        folder = Path(args.runs_dir).expanduser()  # of the film
+    env = PixelEnv(args, largest_image=VIDEO_SIZE * args.video)
+    policy = functools.partial(restore_agent(args, payload).act, explore=False)
+    returns, video = evaluate(policy, env, args.seed, args.eval_episodes, Stop(), args.video)
+    print("returns: " + " ".join(f"{r:.1f}" for r in returns))
+    if args.video:
+        imageio.mimsave(folder / "evaluation.gif", video, duration=1000 / env.fps, loop=0)
+        print(f"video: {folder / 'evaluation.gif'}")
+    progress = SimpleNamespace(**payload["progress"])
+    progress.eval_return = returns.mean().item()
+    summary(args, progress, path)
+
+
+def main(words=None):
+    """The command line; gives the exit status: 1 where a run failed, 2 for bad usage."""
+    run_dir, command = None, ""
+    try:
+        args, payload = parse_args(sys.argv[1:] if words is None else list(words))
+        choose_device(args)
+        if args.evaluate:
+            play(args, payload)
+            return 0
+        run_dir, lock = make_run_dir(args)
+        command = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
+        print(f"{args.env_id}, seed {args.seed}, {args.device}, in {run_dir}", flush=True)
+        with lock, Stop() as stop:
+            progress = train(args, run_dir, stop, payload)
+        if stop.signal and progress.evaluated < args.total_frames:
+            print(f"stopped; to go on: {command}")
+            return 128 + stop.signal
+        if args.delete_replay:
+            shutil.rmtree(run_dir / "replay")
+        (run_dir / "summary.json").write_text(summary(args, progress, run_dir))
+        return 0
+    except UsageError as e:
+        if run_dir and not args.resume:
+            shutil.rmtree(run_dir)  # nothing is left of a run that could not begin
+        print(f"error: {e}", file=sys.stderr)
+        return 2
+    except FloatingPointError as e:
+        text = str(e)
+    except OSError as e:
+        text = f"{e}; to go on: {command}"
+    except (MemoryError, RuntimeError) as e:  # on a CPU, PyTorch has no class of its own for it
+        text = f"memory: {e or 'more than there is'}; use smaller networks or batches"
+        if not isinstance(e, MemoryError) and not re.search("allocate|out of memory", str(e)):
+            raise
+    print("error: " + text.replace("\n", " "), file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":
-    with require_memory():
-        main(ARGS)
+    sys.exit(main())

@@ -1,12 +1,12 @@
 """The authors' agents, built from checkouts of their repositories, which are not part of this one:
 
-    github.com/denisyarats/pytorch_sac_ae    beside sac_ae.py
-    github.com/Otsuts/SAC-GAARA              beside sac_gaara.py; commit 4fe3771 is its release 1
-    github.com/MishaLaskin/curl              beside sac_gaara.py --reconstruction none ...
-    github.com/toshikwa/slac.pytorch         beside slac.py; not the authors' (theirs is TensorFlow
-                                             1.15 and cannot be installed any more)
-    github.com/jsikyoon/dreamer-torch        beside dreamerv2.py; not the authors' (TensorFlow too)
-    github.com/katerakelly/oyster            beside pearl_pixels.py --obs-mode state
+github.com/denisyarats/pytorch_sac_ae    beside sac_ae.py
+github.com/Otsuts/SAC-GAARA              beside sac_gaara.py; commit 4fe3771 is its release 1
+github.com/MishaLaskin/curl              beside sac_gaara.py --reconstruction none ...
+github.com/toshikwa/slac.pytorch         beside slac.py; not the authors' (theirs is TensorFlow
+                                         1.15 and cannot be installed any more)
+github.com/jsikyoon/dreamer-torch        beside dreamerv2.py; not the authors' (TensorFlow too)
+github.com/katerakelly/oyster            beside pearl_pixels.py --obs-mode state
 """
 
 import importlib
@@ -34,7 +34,7 @@ ARGUMENTS = {  # of their train.py
     "critic_tau": 0.01, "critic_target_update_freq": 2, "encoder_type": "pixel",
     "encoder_feature_dim": 50, "encoder_lr": 1e-3, "encoder_tau": 0.05, "num_layers": 4,
     "num_filters": 32,
-}
+}  # fmt: skip
 DREAMER = {  # their configs.yaml, with the networks of dreamerv2's dmc_vision
     "dyn_cell": "gru_layer_norm", "dyn_hidden": 200, "dyn_deter": 200, "dyn_stoch": 32,
     "dyn_discrete": 32, "dyn_input_layers": 1, "dyn_output_layers": 1, "dyn_rec_depth": 1,
@@ -53,9 +53,14 @@ DREAMER = {  # their configs.yaml, with the networks of dreamerv2's dmc_vision
     "actor_temp": 0.1, "actor_outscale": 0.0, "value_decay": 0.0, "future_entropy": False,
     "precision": 32, "grayscale": False, "size": (64, 64), "clip_rewards": "identity",
     "num_actions": ACTION_DIM,
+}  # fmt: skip
+DECODER = {
+    "decoder_type": "pixel",
+    "decoder_lr": 1e-3,
+    "decoder_update_freq": 1,
+    "decoder_latent_lambda": 1e-6,
+    "decoder_weight_lambda": 1e-7,
 }
-DECODER = {"decoder_type": "pixel", "decoder_lr": 1e-3, "decoder_update_freq": 1,
-           "decoder_latent_lambda": 1e-6, "decoder_weight_lambda": 1e-7}
 
 
 def which(folder):
@@ -88,8 +93,10 @@ def load(folder):
         for stub in ("gtimer", "joblib", "dateutil", "dateutil.tz", "gym", "gym.spaces"):
             sys.modules[stub] = types.ModuleType(stub)
         sys.modules["gym.spaces"].__dict__.update(Box=None, Discrete=None, Tuple=None)
-        return (importlib.import_module("rlkit.torch.sac.sac"),
-                importlib.import_module("rlkit.torch.sac.policies"))
+        return (
+            importlib.import_module("rlkit.torch.sac.sac"),
+            importlib.import_module("rlkit.torch.sac.policies"),
+        )
     if name == "dreamer.py":
         for stub in ("PIL", "PIL.Image"):  # for pictures
             if not importlib.util.find_spec("PIL"):
@@ -141,22 +148,47 @@ def make_pearl(module, policies, tasks, batch_size, size=300, context=200, laten
     networks = importlib.import_module("rlkit.torch.networks")
     agents = importlib.import_module("rlkit.torch.sac.agent")
     mlp = {"hidden_sizes": [size] * 3}
-    q1, q2 = (networks.FlattenMlp(input_size=state + ACTION_DIM + latent, output_size=1, **mlp)
-              for _ in range(2))
+    q1, q2 = (
+        networks.FlattenMlp(input_size=state + ACTION_DIM + latent, output_size=1, **mlp)
+        for _ in range(2)
+    )
     v = networks.FlattenMlp(input_size=state + latent, output_size=1, **mlp)
-    encoder = networks.MlpEncoder(hidden_sizes=[context] * 3, output_size=2 * latent,
-                                  input_size=state + ACTION_DIM + 1)
-    policy = policies.TanhGaussianPolicy(obs_dim=state + latent, latent_dim=latent,
-                                         action_dim=ACTION_DIM, **mlp)
-    agent = agents.PEARLAgent(latent, encoder, policy, recurrent=False, sparse_rewards=False,
-                              use_information_bottleneck=True, use_next_obs_in_context=False)
+    encoder = networks.MlpEncoder(
+        hidden_sizes=[context] * 3, output_size=2 * latent, input_size=state + ACTION_DIM + 1
+    )
+    policy = policies.TanhGaussianPolicy(
+        obs_dim=state + latent, latent_dim=latent, action_dim=ACTION_DIM, **mlp
+    )
+    agent = agents.PEARLAgent(
+        latent,
+        encoder,
+        policy,
+        recurrent=False,
+        sparse_rewards=False,
+        use_information_bottleneck=True,
+        use_next_obs_in_context=False,
+    )
     algorithm = module.PEARLSoftActorCritic.__new__(module.PEARLSoftActorCritic)
     mse = torch.nn.MSELoss()
     vars(algorithm).update(
-        agent=agent, qf1=q1, qf2=q2, vf=v, target_vf=v.copy(), vf_criterion=mse, kl_lambda=0.1,
-        use_information_bottleneck=True, reward_scale=5.0, discount=0.99, batch_size=batch_size,
-        soft_target_tau=0.005, policy_mean_reg_weight=1e-3, policy_std_reg_weight=1e-3,
-        policy_pre_activation_weight=0.0, eval_statistics={}, tasks=range(tasks))
+        agent=agent,
+        qf1=q1,
+        qf2=q2,
+        vf=v,
+        target_vf=v.copy(),
+        vf_criterion=mse,
+        kl_lambda=0.1,
+        use_information_bottleneck=True,
+        reward_scale=5.0,
+        discount=0.99,
+        batch_size=batch_size,
+        soft_target_tau=0.005,
+        policy_mean_reg_weight=1e-3,
+        policy_std_reg_weight=1e-3,
+        policy_pre_activation_weight=0.0,
+        eval_statistics={},
+        tasks=range(tasks),
+    )
     for name, net in {"policy": policy, "qf1": q1, "qf2": q2, "vf": v, "context": encoder}.items():
         setattr(algorithm, f"{name}_optimizer", torch.optim.Adam(net.parameters(), 3e-4))
     return algorithm
@@ -165,8 +197,13 @@ def make_pearl(module, policies, tasks, batch_size, size=300, context=200, laten
 def pearl_batch(seed, tasks, batch_size, context_size, state=17):
     """(transitions, context), each [state, action, reward, next state, terminal] of (T, N, ...)."""
     g = torch.Generator().manual_seed(seed)
-    return [[*(torch.randn(tasks, n, size, generator=g) for size in (state, ACTION_DIM, 1, state)),
-             torch.zeros(tasks, n, 1)] for n in (batch_size, context_size)]
+    return [
+        [
+            *(torch.randn(tasks, n, size, generator=g) for size in (state, ACTION_DIM, 1, state)),
+            torch.zeros(tasks, n, 1),
+        ]
+        for n in (batch_size, context_size)
+    ]
 
 
 def fill_pearl(algorithm, tasks, steps=1000, state=17):
@@ -181,14 +218,20 @@ def fill_pearl(algorithm, tasks, steps=1000, state=17):
                 obs, next_obs, action = (rng.standard_normal(n) for n in (state, state, ACTION_DIM))
                 one.add_sample(obs, action, rng.random(), False, next_obs, env_info={})
         setattr(algorithm, name, buffer)
-    vars(algorithm).update(recurrent=False, sparse_rewards=False, use_next_obs_in_context=False,
-                           embedding_batch_size=100, embedding_mini_batch_size=100)
+    vars(algorithm).update(
+        recurrent=False,
+        sparse_rewards=False,
+        use_next_obs_in_context=False,
+        embedding_batch_size=100,
+        embedding_mini_batch_size=100,
+    )
 
 
 def fill_slac(agent, buffers):
     """Fills slac.pytorch's replay buffer with noise, in episodes of 250 steps."""
     buffers.LazyFrames.__array__ = (  # NumPy 2 passes one argument more
-        lambda self, dtype=None, copy=None: np.array(self._frames, dtype=dtype))
+        lambda self, dtype=None, copy=None: np.array(self._frames, dtype=dtype)
+    )
     rng = np.random.default_rng(0)
     for t in range(CAPACITY):
         image = rng.integers(0, 256, (3, 64, 64), dtype=np.uint8)

@@ -1,7 +1,7 @@
 """Two scripts side by side: an HTML page with what differs and a few lines around it.
 
-    python benchmark/diff.py sac_ae slac                 writes benchmark/diffs/sac_ae-slac.html
-    python benchmark/diff.py                             all pairs that the README links
+python benchmark/diff.py sac_ae slac                 writes benchmark/diffs/sac_ae-slac.html
+python benchmark/diff.py                             all pairs that the README links
 """
 
 import argparse
@@ -13,8 +13,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 DIFFS = ROOT / "benchmark" / "diffs"  # the pages, and their style sheet
-PAIRS = [("sac_ae", "sac_gaara"), ("sac_ae", "slac"), ("slac", "dreamerv2"),
-         ("sac_ae", "pearl_pixels")]  # fmt: skip
+PAIRS = [
+    ("sac_ae", "sac_gaara"),
+    ("sac_ae", "slac"),
+    ("slac", "dreamerv2"),
+    ("sac_ae", "pearl_pixels"),
+]
 PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
@@ -65,7 +69,8 @@ def write(pairs, out):
 def main():
     names = sorted(path.stem for path in ROOT.glob("*.py"))
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("pair", nargs="*", metavar="SCRIPT", help=", ".join(names))
     parser.add_argument("--out", type=Path, default=DIFFS)
     args = parser.parse_args()

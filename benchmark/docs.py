@@ -38,12 +38,13 @@ NEW = {  # in each, against the one before
     "pearl_pixels": "SAC again, over many tasks, with an inferred task variable",
 }
 PEERS = {  # file in results/speed: (what is timed, the other code)
-    "sac_ae": ("`sac_ae.py`", "pytorch_sac_ae"), "sac_gaara": ("`sac_gaara.py`", "SAC-GAARA"),
+    "sac_ae": ("`sac_ae.py`", "pytorch_sac_ae"),
+    "sac_gaara": ("`sac_gaara.py`", "SAC-GAARA"),
     "sac_gaara-curl": ("the same as CURL, batches of 128", "curl"),
     "slac": ("`slac.py`", "slac.pytorch, a port"),
     "dreamerv2": ("`dreamerv2.py`, equal networks, batches, horizon", "dreamer-torch, a port"),
     "pearl_pixels": ("`pearl_pixels.py` from states, 16 tasks of 256 transitions", "oyster"),
-}  # fmt: skip
+}
 
 
 EQUAL = {  # file in results/equal: (script, the other's repository and commit)
@@ -70,13 +71,16 @@ def rows_to_table(*rows):
 
 def scripts():
     """What each script is, its size, what its smoke runs of seeds 1, 2, 3 reached."""
-    rows = [("script", "algorithm", "new in it", "lines (networks, losses, update, helpers)",
-             "smoke run, seeds 1, 2, 3 (random policy; PEARL: without context)",
-             "published, cheetah-run / walker-walk at 500,000 frames (own)")]  # fmt: skip
+    heads = ["script", "algorithm", "new in it", "lines (networks, losses, update)"]
+    heads += ["smoke run, seeds 1, 2, 3 (random policy; PEARL: without context)"]
+    heads += ["published, cheetah-run / walker-walk at 500,000 frames (own)"]
+    rows = [heads]
     for name in SCRIPTS:
         lines = lines_of(name)
-        first, last = (next(i for i, line in enumerate(lines) if line.startswith(f"# ---- {word}"))
-                       for word in ("helpers", "evaluate"))  # fmt: skip
+        first, last = (
+            next(i for i, line in enumerate(lines) if line.startswith(f"# ---- {word}"))
+            for word in ("networks", "environment")
+        )
         runs = json.loads((RESULTS / "smoke" / name / "meta.json").read_text())["runs"]
         pearl = "return_by_context" in runs[0]
         returns = ", ".join(f"{run['eval_return']:.0f}" for run in runs)
@@ -84,13 +88,16 @@ def scripts():
         random = ", ".join(f"{value:.1f}" for value in random)
         minutes = sorted(run["wall_s"] for run in runs)[1] / 60
         note = "; after two trajectories" * pearl
-        curves = [report.published(studies.CURVES.get(name), task) for task in
-                  ("cheetah-run", "walker-walk")]  # fmt: skip
+        curves = [
+            report.published(studies.CURVES.get(name), task)
+            for task in ("cheetah-run", "walker-walk")
+        ]
         scores = [f"{np.interp(5e5, *curve[:2]):.0f}" for curve in curves if curve]
-        rows.append((f"[`{name}`]({name}.py)", TITLES[name], NEW[name],
-                     f"{len(lines)} ({last - first})", f"{runs[0]['env_id']} {returns} ({random}) "
-                     f"in {minutes:.0f} minutes{note}",
-                     f"{' / '.join(scores)} (none yet)" if scores else ""))  # fmt: skip
+        row = [f"[`{name}`]({name}.py)", TITLES[name], NEW[name]]
+        row += [f"{len(lines)} ({last - first})"]
+        row += [f"{runs[0]['env_id']} {returns} ({random}) in {minutes:.0f} minutes{note}"]
+        row += [f"{' / '.join(scores)} (none yet)" if scores else ""]
+        rows.append(row)
     return rows_to_table(*rows)
 
 
@@ -108,8 +115,10 @@ def trains():
 
     rows = [("script", "loss: what its step moves")]
     for name, losses in TRAINS.items():
-        cells = [f"{loss}: " + ", ".join(f"`{part}`" for part in sorted(parts))
-                 for loss, parts in losses.items()]  # fmt: skip
+        cells = [
+            f"{loss}: " + ", ".join(f"`{part}`" for part in sorted(parts))
+            for loss, parts in losses.items()
+        ]
         rows.append((f"`{name}`", "; ".join(cells)))
     return rows_to_table(*rows)
 
@@ -138,8 +147,7 @@ def deviations():
             if text in seen:
                 continue  # SAC+GAARA begins with SAC+AE's
             seen.add(text)
-            places = [i for i, line in enumerate(lines, 1)
-                      if re.search(rf"^{number}\b|  # .*\b{number}\b", line)]  # fmt: skip
+            places = [i for i, line in enumerate(lines, 1) if re.search(rf"\b{number}\b", line)]
             cells.append(f"[{number}]({name}.py#L{places[-1]}) {text}")
         rows.append((f"`{name}`", "<br>".join(cells)))
     return rows_to_table(*rows)
@@ -151,8 +159,8 @@ def equality():
     for stem, (name, repository, commit) in EQUAL.items():
         text = (RESULTS / "equal" / f"{stem}.txt").read_text()
         largest = max(float(x) for x in re.findall(r"(?:difference|relative) (\d.*e[-+]\d+)", text))
-        rows.append((f"`{name}.py`", f"[{repository}](https://github.com/{repository}) ({commit})",
-                     f"[{largest:.0e}](results/equal/{stem}.txt)"))  # fmt: skip
+        link = f"[{repository}](https://github.com/{repository}) ({commit})"
+        rows.append((f"`{name}.py`", link, f"[{largest:.0e}](results/equal/{stem}.txt)"))
     return rows_to_table(*rows)
 
 
@@ -170,33 +178,41 @@ def speed():
 def rates():
     """What speed.py measured on a CPU, at the default configurations."""
     with open(RESULTS / "speed" / "cpu.csv", newline="") as file:
-        cells = {(row["subject"], row["quantity"]): float(row["value"])
-                 for row in csv.DictReader(file)}  # fmt: skip
+        cells = {
+            (row["subject"], row["quantity"]): float(row["value"]) for row in csv.DictReader(file)
+        }
     heads = [q for q in dict.fromkeys(q for _, q in cells) if not q.startswith("ms, ")]
-    rows = [(f"`{name}.py`", *(f"{cells[name, q]:,.{2 * (cells[name, q] < 100)}f}" for q in heads))
-            for name in SCRIPTS]  # fmt: skip
+    rows = [
+        (f"`{name}.py`", *(f"{cells[name, q]:,.{2 * (cells[name, q] < 100)}f}" for q in heads))
+        for name in SCRIPTS
+    ]
     return rows_to_table(("default configuration", *heads), *rows)
 
 
 def gpu():
     """What speed.py measured on a GPU: updates/s eager and captured, and the rest in bf16."""
     with open(RESULTS / "speed" / "h100.csv", newline="") as file:
-        cells = {(*row["subject"].split(" --precision "), row["quantity"]): float(row["value"])
-                 for row in csv.DictReader(file)}  # fmt: skip
+        cells = {
+            (*row["subject"].split(" --precision "), row["quantity"]): float(row["value"])
+            for row in csv.DictReader(file)
+        }
     captured = "updates/s, captured"
-    columns = {"updates/s, eager": ("fp32", "updates/s"),
-               **{f"captured, {p}": (p, captured) for p in ("fp32", "tf32", "bf16")},
-               "steps/s, end to end, bf16": ("bf16", "steps/s, end to end"),
-               "busy with updates": ("bf16", "busy with updates"),
-               "peak GiB": ("bf16", "peak GiB"),
-               **{f"{p} against the other code": (
-                   p, "two updates, captured, times as fast as the peer's")
-                  for p in ("fp32", "bf16")}}  # fmt: skip
+    columns = {
+        "updates/s, eager": ("fp32", "updates/s"),
+        **{f"captured, {p}": (p, captured) for p in ("fp32", "tf32", "bf16")},
+        "steps/s, end to end, bf16": ("bf16", "steps/s, end to end"),
+        "busy with updates": ("bf16", "busy with updates"),
+        "peak GiB": ("bf16", "peak GiB"),
+        **{
+            f"{p} against the other code": (p, "two updates, captured, times as fast as the peer's")
+            for p in ("fp32", "bf16")
+        },
+    }
     rows = []
     for name in SCRIPTS:
         values = [cells.get((name, *column)) for column in columns.values()]
-        rows.append((f"[`{name}.py`](results/speed/h100/{name}.txt)",
-                     *("" if v is None else f"{v:,.{1 * (v < 100) + (v < 10)}f}" for v in values)))
+        texts = ["" if v is None else f"{v:,.{1 * (v < 100) + (v < 10)}f}" for v in values]
+        rows.append((f"[`{name}.py`](results/speed/h100/{name}.txt)", *texts))
     return rows_to_table(("default configuration", *columns), *rows)
 
 
@@ -220,8 +236,9 @@ def mended(path):
 
     def anchor(match):
         code, file = match[1], match[2]
-        found = [i for i, line in enumerate((ROOT / file).read_text().splitlines(), 1)
-                 if code in line]  # fmt: skip
+        found = [
+            i for i, line in enumerate((ROOT / file).read_text().splitlines(), 1) if code in line
+        ]
         if len(found) != 1:
             raise ValueError(f"{path.name}: `{code}` stands in {len(found)} lines of {file}")
         return f"[`{code}`]({file}#L{found[0]})"
@@ -236,18 +253,19 @@ def draw(path):
 
     wanted = {
         "sac_ae": ["loss/critic", "loss/reconstruction", "stat/alpha", "stat/entropy"],
-        "sac_gaara": ["loss/contrastive"], "slac": ["loss/kl", "loss/image", "loss/reward"],
+        "sac_gaara": ["loss/contrastive"],
+        "slac": ["loss/kl", "loss/image", "loss/reward"],
         "dreamerv2": ["stat/kl", "loss/image", "stat/imagined_return", "stat/entropy"],
         "pearl_pixels": ["loss/q", "loss/kl", "stat/posterior_var", "eval/gain"],
-    }  # fmt: skip
+    }
     panels = [(name, metric) for name, metrics in wanted.items() for metric in metrics]
     figure = Figure((10, 8), layout="constrained", dpi=90)
     for i, (name, metric) in enumerate(panels):
         axis = figure.add_subplot(4, 4, i + 1)
         with open(RESULTS / "smoke" / name / "seed1.csv", newline="") as file:
             rows = [row for row in csv.DictReader(file) if row.get(metric)]
-        axis.plot([float(row["frames"]) / 1000 for row in rows],
-                  [float(row[metric]) for row in rows], color="#0072B2", lw=1.2)  # fmt: skip
+        frames = [float(row["frames"]) / 1000 for row in rows]
+        axis.plot(frames, [float(row[metric]) for row in rows], color="#0072B2", lw=1.2)
         axis.set_title(f"{name}\n{metric}", fontsize=9)
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3)
@@ -257,7 +275,8 @@ def draw(path):
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--check", action="store_true", help="change nothing")
     args = parser.parse_args()
     stale = []

@@ -26,7 +26,7 @@ PUBLISHED = Path(__file__).resolve().parent / "published"
 ENOUGH = 5  # seeds; with fewer a difference between two curves is no finding
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
 NOT_THE_METHOD = {"seed", "runs_dir", "resume", "evaluate", "device", "track", "video", "smoke",
-                  "checkpoint_every_frames"}  # fmt: skip
+                  "delete_replay", "checkpoint_every_minutes"}  # fmt: skip
 
 
 class Curve(NamedTuple):
@@ -43,8 +43,10 @@ class Curve(NamedTuple):
 
     def points(self, seed):
         """Frames and returns (n,) of a seed's evaluations."""
-        pairs = [(row["frames"], row.get("eval/return", row.get("eval/return_2")))
-                 for row in self.rows[seed]]  # fmt: skip
+        pairs = [
+            (row["frames"], row.get("eval/return", row.get("eval/return_2")))
+            for row in self.rows[seed]
+        ]
         pairs = [(x, y) for x, y in pairs if y is not None]
         return np.array(pairs).reshape(-1, 2).T
 
@@ -70,16 +72,25 @@ def interval(*samples):
     if min(sample.shape[-1] for sample in samples) < ENOUGH:
         values = np.concatenate(samples, -1)
         return np.stack([values.min(-1), values.max(-1)])
-    result = scipy.stats.bootstrap(samples, iqm, axis=-1, vectorized=True, n_resamples=2000,
-                                   method="percentile", rng=np.random.default_rng(0))
+    result = scipy.stats.bootstrap(
+        samples,
+        iqm,
+        axis=-1,
+        vectorized=True,
+        n_resamples=2000,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
     return np.stack(result.confidence_interval)
 
 
 def read_rows(path):
     """metrics.csv as a list of {column: number}; empty cells are left out."""
     with open(path, newline="") as file:
-        return [{key: float(value) for key, value in row.items() if value}
-                for row in csv.DictReader(file)]  # fmt: skip
+        return [
+            {key: float(value) for key, value in row.items() if value}
+            for row in csv.DictReader(file)
+        ]
 
 
 def collected(folder):
@@ -89,15 +100,21 @@ def collected(folder):
     paths = {seed: folder / f"seed{seed}.csv" for seed in runs}
     rows = {seed: read_rows(path) for seed, path in paths.items() if path.exists()}
     failed = {seed: run["failed"] for seed, run in runs.items() if "failed" in run}
-    failed |= {seed: "not finished" for seed, run in runs.items()
-               if seed not in failed and "frames" not in run}  # fmt: skip
-    random = {seed: run.get("return_by_context", [[run["random_return"]]])[0][0]
-              for seed, run in runs.items() if "random_return" in run}  # fmt: skip
+    failed |= {
+        seed: "not finished"
+        for seed, run in runs.items()
+        if seed not in failed and "frames" not in run
+    }
+    random = {
+        seed: run.get("return_by_context", [[run["random_return"]]])[0][0]
+        for seed, run in runs.items()
+        if "random_return" in run
+    }
     task = meta["command"].partition("--env-id ")[2].partition(" ")[0]
     task = next((run["env_id"] for run in runs.values() if "env_id" in run), task)
     minutes = {seed: run["wall_s"] / 60 for seed, run in runs.items() if "wall_s" in run}
-    return Curve(meta.get("label", folder.name), task, meta.get("published", ""), rows, failed,
-                 random, minutes, meta["hardware"])  # fmt: skip
+    label, curve = meta.get("label", folder.name), meta.get("published", "")
+    return Curve(label, task, curve, rows, failed, random, minutes, meta["hardware"])
 
 
 def loose(folders):
@@ -120,11 +137,14 @@ def loose(folders):
         others = [json.loads(t) for s, e, t in groups if (s, e) == (script, task)]
         differs = [k for k in args if any(other.get(k) != args[k] for other in others)]
         label = " ".join([script, *(f"{k}={args[k]}" for k in differs)])
-        rows = {s: read_rows(run / "metrics.csv") for s, run in runs.items()
-                if (run / "metrics.csv").exists()}  # fmt: skip
-        total = args["total_frames"] - args["action_repeat"]
-        failed = {s: "not finished" for s in runs
-                  if s not in rows or not rows[s] or rows[s][-1]["frames"] < total}  # fmt: skip
+        rows = {
+            s: read_rows(run / "metrics.csv")
+            for s, run in runs.items()
+            if (run / "metrics.csv").exists()
+        }
+        failed = {
+            s: "not finished" for s, run in runs.items() if not (run / "summary.json").exists()
+        }
         minutes = {s: r[-1]["time/wall_s"] / 60 for s, r in rows.items() if r}
         curves.append(Curve(label, task, "", rows, failed, {}, minutes, ""))
     return curves
@@ -133,19 +153,30 @@ def loose(folders):
 def load(folders):
     """The Curves of everything below these folders."""
     metas = sorted({path.parent for folder in folders for path in folder.rglob("meta.json")})
-    runs = sorted({path.parent for folder in folders for path in folder.rglob("args.json")
-                   if not any(meta in path.parents for meta in metas)})  # fmt: skip
+    runs = sorted(
+        {
+            path.parent
+            for folder in folders
+            for path in folder.rglob("args.json")
+            if not any(meta in path.parents for meta in metas)
+        }
+    )
     curves, names = [collected(folder) for folder in metas], [folder.name for folder in metas]
     labels = [(c.env_id, c.label) for c in curves]
-    curves = [c._replace(label=f"{c.label} ({name})") if labels.count((c.env_id, c.label)) > 1
-              else c for c, name in zip(curves, names, strict=True)]  # of different studies
+    curves = [
+        c._replace(label=f"{c.label} ({name})") if labels.count((c.env_id, c.label)) > 1 else c
+        for c, name in zip(curves, names, strict=True)
+    ]  # of different studies
     return curves + loose(runs)
 
 
 def published(name, env_id):
     """Frames, means and number of seeds of a published curve, or None."""
-    lines = [line for path in sorted(PUBLISHED.glob("*.csv"))
-             for line in csv.DictReader(path.read_text().splitlines())]  # fmt: skip
+    lines = [
+        line
+        for path in sorted(PUBLISHED.glob("*.csv"))
+        for line in csv.DictReader(path.read_text().splitlines())
+    ]
     rows = [row for row in lines if (row["algorithm"], row["env_id"]) == (name, env_id)]
     if not rows:
         return None
@@ -206,16 +237,23 @@ def comparisons(curves):
         elif n < ENOUGH or not (one and two):
             lines.append(f"- {name}: {n} seeds are too few to compare; at least {ENOUGH}.")
         elif one[0][-1] != two[0][-1]:
-            lines.append(f"- {name}: not compared, as they end at {one[0][-1]:,.0f} and "
-                         f"{two[0][-1]:,.0f} frames.")  # fmt: skip
+            lines.append(
+                f"- {name}: not compared, as they end at {one[0][-1]:,.0f} and "
+                f"{two[0][-1]:,.0f} frames."
+            )
         else:
             low, high = scipy.stats.bootstrap(
-                (one[1][:, -1], two[1][:, -1]), vectorized=True, n_resamples=5000,
+                (one[1][:, -1], two[1][:, -1]),
+                vectorized=True,
+                n_resamples=5000,
                 statistic=lambda p, q, axis: iqm(p, axis=axis) - iqm(q, axis=axis),
-                method="percentile", confidence_level=1 - 0.05 / len(pairs),
-                rng=np.random.default_rng(0)).confidence_interval  # fmt: skip
-            shows = ("the first is better" if low > 0 else "the second is better" if high < 0
-                     else "no difference is shown")  # fmt: skip
+                method="percentile",
+                confidence_level=1 - 0.05 / len(pairs),
+                rng=np.random.default_rng(0),
+            ).confidence_interval
+            shows = "no difference is shown"
+            if low > 0 or high < 0:
+                shows = f"the {'first' if low > 0 else 'second'} is better"
             lines.append(f"- {name}: difference {low:.0f} to {high:.0f}, {shows}.")
     return "\n".join(lines)
 
@@ -262,7 +300,8 @@ def draw(curves, path):
                 if seed in c.failed and len(x):
                     axis.plot(x[-1], y[-1], "x", color=colour, ms=9, mew=2)
             label = f"{c.label} ({len(c.rows.keys() | c.failed.keys())} seeds" + (
-                f", {len(c.failed)} failed)" if c.failed else ")")
+                f", {len(c.failed)} failed)" if c.failed else ")"
+            )
             if drawn:
                 x, y = drawn
                 axis.plot(x, iqm(y.T), color=colour, lw=2.5, label=textwrap.fill(label, 38))
@@ -273,14 +312,24 @@ def draw(curves, path):
             if reference:
                 end = max([c.points(s)[0][-1] for s in c.rows if c.points(s).size], default=np.inf)
                 keep = reference[0] <= 1.05 * end
-                axis.plot(*(v[keep] for v in reference[:2]), color=colour, lw=1.5, ls="--",
-                          label=textwrap.fill(f"published: {c.published}, n = {reference[2]}", 38))
+                axis.plot(
+                    *(v[keep] for v in reference[:2]),
+                    color=colour,
+                    lw=1.5,
+                    ls="--",
+                    label=textwrap.fill(f"published: {c.published}, n = {reference[2]}", 38),
+                )
         rows = [row for c in here for run in c.rows.values() for row in run]
         if any("eval/return_0" in row for row in rows):  # a PEARL without context is its own
             for c, colour in zip(here, itertools.cycle(COLOURS)):
                 if c.random:
-                    axis.axhline(np.mean(list(c.random.values())), color=colour, lw=1.2, ls=":",
-                                 label=textwrap.fill(f"{c.label}, without context", 38))
+                    axis.axhline(
+                        np.mean(list(c.random.values())),
+                        color=colour,
+                        lw=1.2,
+                        ls=":",
+                        label=textwrap.fill(f"{c.label}, without context", 38),
+                    )
         elif randoms := [value for c in here for value in c.random.values()]:
             axis.axhline(np.mean(randoms), color="grey", lw=1.2, ls=":", label="random policy")
         axis.set(xlabel="frames", xlim=(0, None))
@@ -306,13 +355,21 @@ def adaptation(curves, path):
     figure, axes = panels(tasks)
     for axis, task in zip(axes, tasks, strict=True):
         for c, colour in zip([c for c in curves if c.env_id == task], itertools.cycle(COLOURS)):
-            for prefix, style, note in (("eval/return_", "-", ""),
-                                        ("eval/true_state_return_", "--", ", true state")):
+            for prefix, style, note in (
+                ("eval/return_", "-", ""),
+                ("eval/true_state_return_", "--", ", true state"),
+            ):
                 ks, y = ends(c, prefix)
                 if ks.size:
                     axis.plot(ks, y.T, color=colour, lw=0.7, alpha=0.5, ls=style)
-                    axis.plot(ks, iqm(y.T), "o" + style, color=colour, lw=2.5,
-                              label=textwrap.fill(f"{c.label}{note} ({len(y)} seeds)", 38))
+                    axis.plot(
+                        ks,
+                        iqm(y.T),
+                        "o" + style,
+                        color=colour,
+                        lw=2.5,
+                        label=textwrap.fill(f"{c.label}{note} ({len(y)} seeds)", 38),
+                    )
                     axis.fill_between(ks, *interval(y.T), color=colour, alpha=0.15, lw=0)
         axis.set(xlabel="trajectories of context")
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -324,15 +381,18 @@ def adaptation(curves, path):
 def report(curves):
     """The text of report.md."""
     parts = [summary_table(curves)]
-    for title, text in (("All tasks together", over_tasks(curves)),
-                        ("Comparisons", comparisons(curves))):
+    for title, text in (
+        ("All tasks together", over_tasks(curves)),
+        ("Comparisons", comparisons(curves)),
+    ):
         parts += [f"**{title}**", text] if text else []
     return "\n\n".join(parts) + "\n"
 
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, help="where the report goes (the first folder)")
     args = parser.parse_args()

@@ -7,9 +7,11 @@
     python benchmark/run.py ... --engine ray                               the same as Ray tasks
 
 The same command again skips finished runs, resumes interrupted ones and tries failed ones again.
-OUT/GROUP/ holds meta.json and seedN.csv of each command, which report.py reads, and a folder for
-each seed with log.txt and the run's own folder. Ctrl-C stops all runs with a checkpoint. The exit
-status is 1 if a run failed. With --engine ray all machines must share this folder and OUT.
+A script is any at the root of the repository, such as your renamed copy of one. OUT/GROUP/ holds
+meta.json and seedN.csv of each command, which report.py reads, and a folder for each seed with
+log.txt and the run's own folder, without the replay buffer once the run has finished. Ctrl-C stops
+all runs with a checkpoint. The exit status is 1 if a run failed. With --engine ray all machines
+must share this folder and OUT.
 """
 
 import argparse
@@ -41,7 +43,9 @@ import studies
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["sac_ae", "sac_gaara", "slac", "dreamerv2", "pearl_pixels"]
-STOPPED = [sign for s in (signal.SIGINT, signal.SIGTERM) for sign in (128 + s, -s)]
+ALL_SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))  # your own, too
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1  # stop a run
+STOPPED = [status for number in SIGNALS for status in (128 + number, -number)]
 EVERY_S = 30.0  # how often the table is made anew [s]
 
 
@@ -58,27 +62,40 @@ class Job(NamedTuple):
     def command(self):
         """The words of the command for a new run or, after a stop, for going on with it."""
         for run in self.run_dirs():
-            if (run / "checkpoint.pt").exists() or (run / "previous.pt").exists():
+            if (run / "checkpoint.pt").exists():
                 return [f"{self.script}.py", "--resume", str(run)]
-        return [f"{self.script}.py", *shlex.split(self.flags), "--seed", str(self.seed),
-                "--runs-dir", str(self.folder)]  # fmt: skip
+        flags = ["--delete-replay", *shlex.split(self.flags), "--seed", str(self.seed)]
+        return [f"{self.script}.py", *flags, "--runs-dir", str(self.folder)]
 
     def run_dirs(self):
         """The run's own folders: none before it begins, else one."""
         return [path.parent for path in self.folder.glob("*/args.json")]
 
     def result(self):
-        """What is known of the finished or failed run: {"summary": ...} or {"failed": why}."""
-        path = self.folder / "result.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        """What is known of the run: with what it began, and its "summary" if it has finished; or
+        why it "failed"."""
+        result = {}
+        with contextlib.suppress(OSError, ValueError):  # not there yet, or only half written
+            result = json.loads((self.folder / "job.json").read_text())
+            for path in self.folder.glob("*/summary.json"):
+                result["summary"] = json.loads(path.read_text())
+        return result
+
+    def note(self, **about):
+        """Keeps for result() what is known besides the summary."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "job.json").write_text(json.dumps(about))
 
     def progress(self):
-        """The last row of metrics.csv and the frames in all, or ({}, 0)."""
+        """The last row of metrics.csv, with the return of the newest evaluation, and the frames in
+        all; or ({}, 0)."""
         for run in self.run_dirs():
             with contextlib.suppress(OSError, IndexError, ValueError):
                 total = json.loads((run / "args.json").read_text())["total_frames"]
                 with open(run / "metrics.csv", newline="") as file:
-                    return list(csv.DictReader(file))[-1], total
+                    rows = list(csv.DictReader(file))
+                returns = [row.get("eval/return") or row.get("eval/return_2") for row in rows]
+                return rows[-1] | {"return": [r for r in returns if r][-1:]}, total
         return {}, 0
 
 
@@ -88,9 +105,13 @@ def jobs_of(args):
         variants = studies.STUDIES[args.study]
     else:
         tasks = args.env_ids or [""]
-        variants = {f"{script} {task}".strip(): studies.Variant(
-                        script, task, "", "" if args.flags else studies.CURVES.get(script, ""))
-                    for script in args.scripts for task in tasks}  # fmt: skip
+        variants = {
+            f"{script} {task}".strip(): studies.Variant(
+                script, task, "", "" if args.flags else studies.CURVES.get(script, "")
+            )
+            for script in args.scripts
+            for task in tasks
+        }
     jobs = []
     for label, variant in variants.items():
         task = f"--env-id {variant.env_id}" * bool(variant.env_id)
@@ -134,19 +155,26 @@ def die_with_parent():
 
 
 def execute(job, env, started=None):
-    """Runs a job to its end, whatever that is, and writes result.json. KeyboardInterrupt, or a
-    signal to the process given to `started`, stops it with a checkpoint and no result."""
-    command, sources = job.command(), {"commit": commit(), "sha256": sha256(job.script)}
-    job.folder.mkdir(parents=True, exist_ok=True)
-    (job.folder / "result.json").unlink(missing_ok=True)
+    """Runs a job to its end, whatever that is. KeyboardInterrupt, or a signal to the process given
+    to `started`, stops it with a checkpoint."""
+    command = job.command()
+    threads = int(env["OMP_NUM_THREADS"])
+    job.note(threads=threads, commit=commit(), sha256=sha256(job.script))
     if "--resume" not in command:
         for run in job.run_dirs():  # died before its first checkpoint
             shutil.rmtree(run)
     with open(job.folder / "log.txt", "a") as log:
         print(f"$ python {shlex.join(command)}", file=log, flush=True)
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=ROOT, env={**os.environ, **env}, stdout=log, stderr=log,
-            stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_parent)
+            [sys.executable, *command],
+            cwd=ROOT,
+            env={**os.environ, **env},
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=die_with_parent,
+        )
         if started:
             started(process)
         try:
@@ -155,34 +183,24 @@ def execute(job, env, started=None):
         except KeyboardInterrupt:
             process.send_signal(signal.SIGTERM)  # Ray's workers have SIGINT blocked
             process.wait()
-    if process.returncode in STOPPED:
+    if "summary" in job.result() or process.returncode in STOPPED:
         return
-    lines = (job.folder / "log.txt").read_text().strip().splitlines()
-    lines = lines[max(i for i, line in enumerate(lines) if line.startswith("$ python")) + 1 :]
-    found = [line for line in lines if line.startswith("summary {")]
-    if process.returncode == 0 and found:
-        result = {"summary": json.loads(found[-1].removeprefix("summary ")),
-                  "threads": int(env["OMP_NUM_THREADS"]), **sources}  # fmt: skip
-    else:
-        words = [line.strip("│╭╰─╯ ") for line in lines if re.search(r"[a-z]{3}", line)] or [""]
-        errors = [line for line in words if re.search(r"rror:|nrecognized", line)]
-        why = (errors or words)[-1]
-        result = {"failed": f"exit status {process.returncode}: {why[:200]}"}
-    (job.folder / "result.json").write_text(json.dumps(result))
-
-
-def write_failure(job, why):
-    """result.json of a job that could not even be run to its end."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    (job.folder / "result.json").write_text(json.dumps({"failed": why[:200]}))
+    log = (job.folder / "log.txt").read_text().rpartition("\n$ python")[2]
+    lines = [line.strip("│╭╰─╯ ") for line in log.splitlines()[1:] if re.search("[a-z]{3}", line)]
+    errors = [line for line in lines if re.search("rror:|nrecognized", line)]
+    why = (errors or lines or [""])[-1]
+    job.note(failed=f"exit status {process.returncode}: {why[:200]}")
 
 
 def collect(jobs):
     """Writes OUT/GROUP/meta.json and seedN.csv for all seeds that have run, failed ones too."""
     for first in {job.folder.parent: job for job in jobs}.values():
         folder, runs = first.folder.parent, []
-        seeds = {int(path.name[4:]) for path in folder.glob("seed*")
-                 if path.is_dir() and path.name[4:].isdigit()}  # fmt: skip
+        seeds = {
+            int(path.name[4:])
+            for path in folder.glob("seed*")
+            if path.is_dir() and path.name[4:].isdigit()
+        }
         seeds |= {job.seed for job in jobs if job.folder.parent == folder}
         for seed in sorted(seeds):
             job = first._replace(seed=seed, folder=folder / f"seed{seed}")
@@ -193,11 +211,15 @@ def collect(jobs):
             for run in job.run_dirs():
                 with contextlib.suppress(FileNotFoundError):
                     shutil.copy(run / "metrics.csv", folder / f"seed{job.seed}.csv")
-        meta = {"command": f"python {first.script}.py {first.flags} --seed N",
-                "label": first.label, "published": first.published, "hardware": hardware(),
-                "python": platform.python_version(),
-                **{name: importlib.metadata.version(name) for name in ("torch", "mujoco")},
-                "runs": runs}  # fmt: skip
+        meta = {
+            "command": f"python {first.script}.py {first.flags} --seed N",
+            "label": first.label,
+            "published": first.published,
+            "hardware": hardware(),
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("torch", "mujoco")},
+            "runs": runs,
+        }
         if any(len(run) > 1 for run in runs) or folder.exists():
             (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
@@ -218,8 +240,8 @@ def commit():
 
 def hardware():
     """Processor, number of cores, and the GPUs."""
-    names = re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()
-                       if Path("/proc/cpuinfo").exists() else "")  # fmt: skip
+    path = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.*)", path.read_text()) if path.exists() else []
     parts = [names[0] if names else platform.processor(), f"{os.cpu_count()} cores"]
     if shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
@@ -234,19 +256,19 @@ def table(jobs, running, began, workers):
     whole, left = {}, {}  # minutes of a whole run {script: [...]}, and that a run still takes
     for job in jobs:
         result, (row, total) = job.result(), job.progress()
-        done = "finished" if "summary" in result else "failed" if result else "waiting"
-        states.append("running" if job in running else done)
-        parts = [f"{job.folder.parent.name:{width}}", f"seed {job.seed:<3}", f"{states[-1]:8}"]
+        state = "running" if job in running else "waiting"
+        for key, known in {"summary": "finished", "failed": "failed"}.items():
+            state = known if key in result else state
+        states.append(state)
+        parts = [f"{job.folder.parent.name:{width}}", f"seed {job.seed:<3}", f"{state:8}"]
         frames, minutes = int(row.get("frames") or 0), float(row.get("time/wall_s") or 0) / 60
         if frames:
             parts.append(f"{frames:,} of {total:,} frames")
             whole.setdefault(job.script, []).append(minutes * total / frames)
-        score = row.get("eval/return") or row.get("eval/return_2")
-        if score:
-            parts.append(f"return {float(score):.1f}")
-        if states[-1] in ("running", "waiting"):
+        parts += [f"return {float(value):.1f}" for value in row.get("return", [])]
+        if state in ("running", "waiting"):
             left[job] = minutes * (total / frames - 1) if frames else None
-        if frames and job in running:
+        if frames and state == "running":
             parts.append(f"{left[job]:.0f} min left")
         print("  ".join([*parts, result.get("failed", "")]).rstrip())
     text = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
@@ -276,7 +298,7 @@ def run_local(jobs, args, show):
             if not stopping.is_set():
                 execute(job, env, functools.partial(started, job))
         except Exception as e:  # a fault of this job stops no other
-            write_failure(job, f"{type(e).__name__}: {e}")
+            job.note(failed=f"{type(e).__name__}: {e}"[:200])
         finally:
             running.discard(job)
             processes.pop(job, None)
@@ -287,7 +309,8 @@ def run_local(jobs, args, show):
         try:
             while pending:
                 _, pending = concurrent.futures.wait(
-                    pending, EVERY_S, concurrent.futures.FIRST_COMPLETED)
+                    pending, EVERY_S, concurrent.futures.FIRST_COMPLETED
+                )
                 show(running)
         except KeyboardInterrupt:
             print("\nstopping all runs with a checkpoint", file=sys.stderr)
@@ -320,7 +343,7 @@ def run_ray(jobs, args, show):
                 try:
                     ray.get(ref)
                 except ray.exceptions.RayError as e:
-                    write_failure(job, str(e).strip().splitlines()[-1])
+                    job.note(failed=str(e).strip().splitlines()[-1][:200])
             show({job for job in pending.values() if job.folder.exists()})
     except KeyboardInterrupt:
         for ref in pending:
@@ -334,8 +357,9 @@ def run_ray(jobs, args, show):
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--scripts", nargs="+", default=[], choices=SCRIPTS)
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--scripts", nargs="+", default=[], choices=ALL_SCRIPTS)
     parser.add_argument("--env-ids", nargs="+", help="tasks (each script's default)")
     parser.add_argument("--study", choices=studies.STUDIES, help="of studies.py, instead of both")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
@@ -368,9 +392,8 @@ def main():
     except filelock.Timeout:
         sys.exit(f"error: another benchmark/run.py is at work in {args.out}; see --out")
     began = time.monotonic()
-    for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C, but under nohup
-        number = getattr(signal, name, None)
-        if number and signal.getsignal(number) != signal.SIG_IGN:
+    for number in SIGNALS:  # all as Ctrl-C; but nohup ignores SIGHUP, and a shell's & SIGINT
+        if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
 
     def show(running):

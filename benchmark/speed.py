@@ -17,6 +17,7 @@ and oyster beside PEARL from states: -- --obs-mode state --batch-size 256.
 
 import argparse
 import csv
+import dataclasses
 import fractions
 import importlib
 import json
@@ -26,14 +27,15 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
-from run import SCRIPTS, commit, hardware
+from run import ALL_SCRIPTS, SCRIPTS, commit, hardware
 
 ROOT = Path(__file__).resolve().parent.parent
 ASKED = {"sac_ae": 1.15, "sac_gaara": 1.15, "slac": 1.7, "dreamerv2": 1.3,
-         "pearl_pixels": 1.2}  # times as fast as the authors' update, on a CPU
+         "pearl_pixels": 1.2}  # times as fast as the authors' update, on a CPU  # fmt: skip
 
 
 def environment(module, args):
@@ -41,130 +43,100 @@ def environment(module, args):
     the agent's environment."""
     import numpy as np
 
-    env, fast = (module.PixelEnv(args.env_id, 1, args.action_repeat, args.image_size, render)
-                 for render in (args.render, "fast"))
+    env = module.PixelEnv(args)
+    fast = module.PixelEnv(dataclasses.replace(args, render="fast"))
     raw = module.load_task(args.env_id, np.random.RandomState(1))
     raw.reset()
-    action, size = np.zeros(len(env.low), np.float32), args.image_size
+    action, size = np.zeros(env.spec.action_dim, np.float32), args.image_size
+    now = {"step": env.reset(0)}
 
     def step():
-        if env.last:
-            env.reset()
-        return env.step(action)
+        now["step"] = env.reset(0) if now["step"].last else env.step(action)
 
     return env, {
         "physics": lambda: raw.reset() if raw.step(action).last() else None,
-        "physics.render": lambda: raw.physics.render(size, size, camera_id=env.camera_id),
-        "render exact": lambda: env.render(size).copy(),
-        "render fast": lambda: fast.render(size).copy(),
+        "physics.render": lambda: raw.physics.render(size, size, camera_id=0),
+        "render exact": lambda: env.render(size),
+        "render fast": lambda: fast.render(size),
         "env step": step,
     }
 
 
-def agent_spec(module, buffer):
-    """What row_bytes needs to know of a filled buffer."""
-    obs, action = buffer.columns["obs"], buffer.columns["action"]
-    return module.EnvSpec(obs.shape[1:], obs.dtype, action.shape[1])
-
-
-def filled(module, args):
-    """An agent at its default configuration, a replay buffer with 1000 rows of noise, a rng."""
+def filled(module, args, spec, folder):
+    """An agent at its default configuration, a replay buffer of noise with 1000 steps, or PEARL's
+    with five trajectories of each training task, and random numbers for batches."""
     import numpy as np
-    import torch
 
-    spec = module.EnvSpec((3, args.image_size, args.image_size), torch.uint8, 6)
-    buffer, rng = module.ReplayBuffer(1000, spec, args.device), np.random.default_rng(0)
-    for t in range(1000):
+    rng = np.random.default_rng(0)
+    kind, episodes, rows = module.ReplayBuffer, 4, 251
+    if hasattr(module, "TaskBuffer"):
+        kind, rows = module.TaskBuffer, args.trajectory_steps + 1
+        episodes = 5 * len(module.split(args)[0])
+    buffer = kind(folder, episodes * rows + 1000, args, spec)
+    for row in range(episodes * rows):
+        first = row % rows == 0
+        if first and kind is not module.ReplayBuffer:
+            buffer.rl[row // (5 * rows)].append(row)
+            buffer.enc[row // (5 * rows)].append(row)
+        state = np.float32(rng.standard_normal(spec.state_dim))
         image = rng.integers(0, 256, spec.obs_shape, dtype=np.uint8)
-        action, first = rng.uniform(-1, 1, 6), t % 251 == 0
-        buffer.add(module.Step(image, None, action, rng.random(), 1.0, first, False))
+        obs = image if len(spec.obs_shape) == 3 else state
+        action = np.float32(rng.uniform(-1, 1, spec.action_dim))
+        buffer.add(module.Step(obs, state, action, rng.random(), 1.0, first, False, 1))
     return module.Agent(args, spec), buffer, rng
 
 
-def filled_tasks(module, args):
-    """The same for PEARL: five trajectories of each training task."""
-    import numpy as np
-    import torch
-
-    states = args.obs_mode == "state"
-    module.check_algorithm(args)
-    module.check_run(args, None)
-    shape = (17,) if states else (3, args.image_size, args.image_size)
-    spec = module.EnvSpec(shape, torch.float32 if states else torch.uint8, 6, 17)
-    agent, rng, (thetas, _) = module.Agent(args, spec), np.random.default_rng(0), module.split(args)
-    rows = 5 * len(thetas) * (args.trajectory_steps + 1)
-    buffer = module.TaskBuffer(rows, spec, args.device, args.trajectory_steps)
-    starts = [[] for _ in thetas]
-    buffer.watch(thetas, starts, starts, args.latent_dim)
-    for row in range(rows):
-        t, state = row % (args.trajectory_steps + 1), np.float32(rng.standard_normal(17))
-        if t == 0:
-            starts[row // (5 * (args.trajectory_steps + 1))].append(row)
-        obs = state if states else rng.integers(0, 256, shape, dtype=np.uint8)
-        action = np.float32(rng.uniform(-1, 1, 6))
-        buffer.add(module.Step(obs, state, action, rng.random(), 1.0, t == 0, False))
-    return agent, buffer, rng
-
-
-def own(name, env_id, flags):
+def own(name, env_id, flags, folder):
     """Functions to time of one of the scripts, and facts about it. Of two updates one has an actor
     step. `end to end` is so many steps that a whole number of updates belongs to them."""
-    import torch
-    import tyro
-    from absl import logging
-
-    logging.set_verbosity("error")  # as the scripts do
     module = importlib.import_module(name)
-    pearl = name == "pearl_pixels"
-    flags = ["--pretrain-updates", "0"] * (not pearl) + list(flags)
-    flags += ["--env-id", env_id] * (not pearl)
-    args = tyro.cli(module.Args, args=flags)
-    args.action_repeat = args.action_repeat or module.ACTION_REPEAT.get(args.env_id, 2)
-    agent, buffer, rng = (filled_tasks if pearl else filled)(module, args)
-    tf32 = args.precision == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+    pearl = hasattr(module, "TaskBuffer")
+    if not pearl:
+        flags = ["--pretrain-updates", "0", "--env-id", env_id, *flags]
+    args, _ = module.parse_args(flags)
+    module.choose_device(args)
     env, calls = environment(module, args)
+    agent, buffer, rng = filled(module, args, env.spec, folder)
 
     def updates(method, n):
         for _ in range(n):
             with module.autocast(args):
                 method(agent.sample(buffer, rng))
+            agent.updates += 1
 
     calls["sample"] = lambda: agent.sample(buffer, rng)
     eager = agent.update
     calls["two updates"] = lambda: updates(eager, 2)
     if args.device.startswith("cuda"):
-        module.CudaGraph(agent, "update", getattr(agent, "cadence", tuple))
-        module.CudaGraph(agent, "act", tuple)
+        module.record(agent, "update", getattr(agent, "cadence", tuple))
+        module.record(agent, "act")
         calls["two updates, captured"] = lambda: updates(agent.update, 2)
     if pearl:
-        _, *visit = module.trajectories(args)
-        steps = args.tasks_per_iteration * sum(visit) * args.trajectory_steps
+        steps = len(module.plan(args, 1)) * args.trajectory_steps
         ratio = fractions.Fraction(args.updates_per_iteration, steps)
     else:
         ratio = fractions.Fraction(args.updates_per_step).limit_denominator(100)
-    now = {"step": env.reset(), "carry": None}
+    start = {"z": agent.prior(0.0)[0], "true_state": agent.true_state} if pearl else None
+    now = {"step": env.reset(0), "carry": start}
 
     def end_to_end():
         for i in range(ratio.denominator):
-            carry = now["carry"]
-            if carry is None and pearl:
-                carry = {"z": agent.prior(0.0)[0], "true_state": agent.true_state}
-            action, now["carry"] = agent.act(now["step"], carry, explore=True)
-            action = action.cpu()
+            action, now["carry"] = agent.act(now["step"], now["carry"], explore=True)
             due = ratio.numerator * (i + 1) // ratio.denominator
             updates(agent.update, due - ratio.numerator * i // ratio.denominator)
-            now["step"] = env.step(action)
+            now["step"] = env.step(action.cpu().numpy())
             if not pearl:
                 buffer.add(now["step"])
             if now["step"].last:
-                now.update(step=env.reset(), carry=None)
+                now.update(step=env.reset(0), carry=start)
 
-    if getattr(args, "obs_mode", "") != "state":  # there the environment has no image
-        calls["end to end"] = end_to_end
-    facts = {"bytes per transition": buffer.row_bytes(agent_spec(module, buffer)),
-             "action repeat": args.action_repeat, "steps": ratio.denominator,
-             "updates": ratio.numerator}  # fmt: skip
+    calls["end to end"] = end_to_end
+    facts = {
+        "bytes per transition": sum(dtype.itemsize for dtype in buffer.types.values()),
+        "action repeat": args.action_repeat,
+        "steps": ratio.denominator,
+        "updates": ratio.numerator,
+    }
     return calls, facts, args.device
 
 
@@ -180,9 +152,13 @@ def peer(folder, device):
         def train():
             algorithm._do_training(range(16))
 
-        return {"sample": lambda: (algorithm.sample_sac(range(16)),
-                                   algorithm.sample_context(range(16))),
-                "two updates": lambda: (train(), train())}
+        return {
+            "sample": lambda: (
+                algorithm.sample_sac(range(16)),
+                algorithm.sample_context(range(16)),
+            ),
+            "two updates": lambda: (train(), train()),
+        }
     agent, log = authors.make_agent(module, folder, device), authors.Log()
     if authors.which(folder) == "slac/algo.py":
         authors.fill_slac(agent, utils)
@@ -192,9 +168,13 @@ def peer(folder, device):
             agent.update_sac(log)
 
         sizes = agent.batch_size_latent, agent.batch_size_sac
-        return {"sample": lambda: (agent.buffer.sample_latent(sizes[0]),
-                                   agent.buffer.sample_sac(sizes[1])),
-                "two updates": lambda: (update(), update())}
+        return {
+            "sample": lambda: (
+                agent.buffer.sample_latent(sizes[0]),
+                agent.buffer.sample_sac(sizes[1]),
+            ),
+            "two updates": lambda: (update(), update()),
+        }
     if authors.which(folder) == "dreamer.py":
         (model, behavior), batch = agent, authors.dreamer_batch(0)
 
@@ -209,8 +189,10 @@ def peer(folder, device):
         agent.update(buffer, log, 1)
         agent.update(buffer, log, 2)
 
-    return {"sample": getattr(buffer, "sample_cpc", getattr(buffer, "sample", None)),
-            "two updates": pair}
+    return {
+        "sample": getattr(buffer, "sample_cpc", getattr(buffer, "sample", None)),
+        "two updates": pair,
+    }
 
 
 def work(calls, facts, device):
@@ -229,9 +211,8 @@ def work(calls, facts, device):
         if cuda:
             torch.cuda.synchronize()
         print(1e3 * (time.perf_counter() - began), flush=True)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else (
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-    print(peak)
+    bytes_ = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print((torch.cuda.max_memory_allocated() if cuda else bytes_) / 2**30)
 
 
 def in_turns(subjects, rounds, flags, script_flags):
@@ -239,8 +220,9 @@ def in_turns(subjects, rounds, flags, script_flags):
     workers, times, facts = {}, {}, {}
     for subject in subjects:
         command = [sys.executable, __file__, *flags, "--worker", subject, "--", *script_flags]
-        workers[subject] = subprocess.Popen(command, stdin=subprocess.PIPE, text=True,
-                                            stdout=subprocess.PIPE)
+        workers[subject] = subprocess.Popen(
+            command, stdin=subprocess.PIPE, text=True, stdout=subprocess.PIPE
+        )
     for subject, worker in workers.items():
         ready = json.loads(worker.stdout.readline())
         times[subject], facts[subject] = {name: [] for name in ready["calls"]}, ready["facts"]
@@ -265,16 +247,16 @@ def rates(ms, facts, peak):
         out["updates/s, captured"] = 2000 / ms["two updates, captured"]
     out["frames/s, physics"] = 1000 / ms["physics"]
     out["frames/s, images too"] = 1000 * facts["action repeat"] / ms["env step"]
-    if "end to end" in ms:
-        out["steps/s, end to end"] = 1000 * facts["steps"] / ms["end to end"]
-        out["busy with updates"] = facts["updates"] * update / ms["end to end"]
+    out["steps/s, end to end"] = 1000 * facts["steps"] / ms["end to end"]
+    out["busy with updates"] = facts["updates"] * update / ms["end to end"]
     return out | {"peak GiB": peak, "bytes per transition": facts["bytes per transition"]}
 
 
 def main():
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--scripts", nargs="+", default=SCRIPTS, choices=SCRIPTS)
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--scripts", nargs="+", default=SCRIPTS, choices=ALL_SCRIPTS)
     parser.add_argument("--env-id", default="cheetah-run", help="of all but PEARL (cheetah-run)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=10, help="how often each is timed (10)")
@@ -290,13 +272,16 @@ def main():
         sys.path.insert(0, str(ROOT))
         name, *precision = args.worker.split()
         flags = ["--device", args.device, *args.flags, *precision]
-        return work(*own(name, args.env_id, flags))
+        with tempfile.TemporaryDirectory() as folder:
+            return work(*own(name, args.env_id, flags, folder))
 
     import torch
 
     threads, table, rows = torch.get_num_threads(), {}, []
-    print(f"{hardware()}, {threads} threads, Python {platform.python_version()}, torch "
-          f"{torch.__version__}, {args.device}, {args.env_id}, commit {commit()}")
+    print(
+        f"{hardware()}, {threads} threads, Python {platform.python_version()}, torch "
+        f"{torch.__version__}, {args.device}, {args.env_id}, commit {commit()}"
+    )
     flags = ["--device", args.device, "--env-id", args.env_id]
     if args.peer:
         import authors
@@ -320,8 +305,8 @@ def main():
             print(f"    {one} against physics.render: exact {exact:.2f}x, fast {fast:.1f}x")
             for key in [k for k in ms if args.peer and k.startswith("two updates")]:
                 ratio = times[args.peer]["two updates"] / ms[key]
-                print(f"    {one}, {key}, as fast as the authors': {ratio:.2f}x; asked on a CPU: "
-                      f"{ASKED[name]}x")
+                text = f"    {one}, {key}, as fast as the authors': {ratio:.2f}x"
+                print(f"{text}; asked on a CPU: {ASKED[name]}x")
                 rows.append((one, f"{key}, times as fast as the peer's", ratio))
     heads = list(dict.fromkeys(key for row in table.values() for key in row))
     print("\n| " + " | ".join(["script", *heads]) + " |\n" + "| - " * (len(heads) + 1) + "|")
@@ -334,11 +319,12 @@ def main():
     with open(path, "a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         if new:
-            writer.writerow(["hardware", "threads", "torch", "commit", "device", "flags", "subject",
-                             "quantity", "value"])  # fmt: skip
+            columns = "hardware threads torch commit device flags subject quantity value"
+            writer.writerow(columns.split())
         about = hardware(), threads, torch.__version__, commit(), args.device, " ".join(args.flags)
-        writer.writerows([*about, Path(subject).name, key, f"{value:.6g}"]
-                         for subject, key, value in rows)  # fmt: skip
+        writer.writerows(
+            [*about, Path(subject).name, key, f"{value:.6g}"] for subject, key, value in rows
+        )
 
 
 if __name__ == "__main__":

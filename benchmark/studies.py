@@ -24,7 +24,7 @@ class Variant(NamedTuple):
 TASKS = "cheetah-run", "walker-walk", "finger-spin", "ball_in_cup-catch"
 CURVES = {"sac_ae": "SAC+AE", "sac_gaara": "SAC+GAARA (anneal to 0.5)",
           "slac": "SLAC (decoder variance 0.1)", "dreamerv2": "DreamerV2"}  # fmt: skip
-LENGTH = "--action-repeat 4 --total-frames 1_440_000"  # of the report's runs
+LENGTH = "--total-frames 1_440_000"  # of the report's runs
 BASELINE = "--contrast none --image-size 84 --replay-capacity 100000"  # its SAC+AE
 FINAL, REPORT = "SAC+GAARA (anneal to 0.5)", "SAC+AE (GAARA report baseline)"
 DREAMER = "--total-frames 250000"
@@ -148,8 +148,10 @@ STUDIES = {
 
 def commands(study):
     """{label: command line} of a study."""
-    return {label: f"python {v.script}.py --env-id {v.env_id} {v.flags}".strip()
-            for label, v in STUDIES[study].items()}
+    return {
+        label: f"python {v.script}.py --env-id {v.env_id} {v.flags}".strip()
+        for label, v in STUDIES[study].items()
+    }
 
 
 if __name__ == "__main__":

@@ -1,30 +1,40 @@
-"""The harness: finds the scripts that exist, imports them, runs them as a user would."""
+"""The harness of all tests: tiny runs of the scripts, and tiny agents with a buffer of noise.
+
+python -m pytest              minutes: what a user or a later author would break
+python -m pytest -m deep      more of it: every configuration, faults, statistics
+python -m pytest -m slow      trains
+"""
 
 import contextlib
+import csv
 import importlib
+import io
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = [name for name in ("sac_ae", "sac_gaara", "slac", "dreamerv2", "pearl_pixels")
-           if (ROOT / f"{name}.py").exists()]
-SUITE = [name for name in SCRIPTS if name != "pearl_pixels"]  # run one task; PEARL has its own loop
+SCRIPTS = ["sac_ae", "sac_gaara", "slac", "dreamerv2", "pearl_pixels"]
+SUITE = SCRIPTS[:4]  # play one task; PEARL has a loop of its own
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks: more threads only wait
-if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-    os.environ.setdefault("MUJOCO_GL", "egl")  # as the scripts do, before a test imports dm_control
+if sys.platform == "linux":
+    os.environ.setdefault("MUJOCO_GL", "egl")  # as the scripts do
 with contextlib.suppress(ImportError):  # and that before OpenGL, as they do
     importlib.import_module("triton")
 
 # Four episodes of 50 steps, about 150 updates of a tiny network: a whole run in a few seconds.
-EVERY = ("--env-id cartpole-balance --action-repeat 20 --total-frames 4000 --render fast "
-         "--warmup-steps 60 --pretrain-updates 10 --eval-every-frames 2000 --eval-episodes 1 "
-         "--checkpoint-every-frames 1000 --device cpu --no-video ")
+EVERY = (
+    "--env-id cartpole-balance --action-repeat 20 --total-frames 4000 --render fast "
+    "--warmup-steps 60 --pretrain-updates 10 --eval-every-frames 2000 --eval-episodes 1 "
+    "--device cpu --no-video "
+)
 SMALL = "--image-size 24 --batch-size 4 --filters 4 --conv-strides 2 2 --hidden-dim 16 "
 TINY = {
     "sac_ae": EVERY + SMALL,
@@ -40,10 +50,8 @@ TINY = {
     "--extra-steps 25 --updates-per-iteration 6 --meta-batch 2 --batch-size 4 --context-size 8 "
     "--filters 4 --conv-strides 2 2 --hidden-dim 16 --context-dim 16 --feature-dim 8 "
     "--latent-dim 2 --context-trajectories 2 --eval-every-frames 200 --eval-episodes 1 "
-    "--checkpoint-every-frames 100 --device cpu --no-video",
+    "--device cpu --no-video",
 }
-
-
 TRAINS = {  # what moves when one step is taken on a loss; SAC+GAARA's other losses are SAC+AE's
     "sac_ae": {"critic": {"encoder.convs", "encoder.head", "critic"},
                "actor": {"actor.head", "actor.trunk"}, "alpha": {"log_alpha"},
@@ -56,34 +64,23 @@ TRAINS = {  # what moves when one step is taken on a loss; SAC+GAARA's other los
     "pearl_pixels": {"Q": {"q1", "q2", "context_encoder"}, "KL": {"context_encoder"}, "V": {"v"},
                      "actor": {"actor"}},
 }  # fmt: skip
-REPRESENTATIVES = ("sac_ae",)  # holds all text that scripts share
 
 
 def pytest_addoption(parser):
-    parser.addoption("--every-script", action="store_true",
-                     help="repeat the tests of shared text for every script")
+    parser.addoption("--script", help="tests this script alone, such as sac_mine.py")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes minutes; run with -m slow")
-    config.addinivalue_line("markers", "shared: tests text that test_shared.py keeps the same in "
-                            "every script, so one script is enough; see --every-script")
+    config.addinivalue_line("markers", "deep: more than a later author needs; run with -m deep")
+    config.addinivalue_line("markers", "slow: trains for minutes; run with -m slow")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out the slow tests unless -m asks for them, and what tests the same text again."""
-    def again(item):
-        params = getattr(item, "callspec", None) and item.callspec.params or {}
-        names = {params.get(key) for key in ("script", "name", "whole", "module")} & set(SCRIPTS)
-        return "shared" in item.keywords and names and not names & set(REPRESENTATIVES)
-
-    if not config.option.every_script:
-        config.hook.pytest_deselected(items=[item for item in items if again(item)])
-        items[:] = [item for item in items if not again(item)]
+    """Without -m the deep and the slow tests are left out."""
     if not config.option.markexpr:
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+        kept = [item for item in items if not {"deep", "slow"} & set(item.keywords)]
+        config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
+        items[:] = kept
 
 
 @pytest.fixture(params=SUITE)
@@ -110,24 +107,70 @@ def summary(process):
     return json.loads(numbers)
 
 
-def sac_steps(script, agent, batch):
-    """SAC's part of an update of SAC+AE and SAC+GAARA in the published order, no pass shared."""
-    opt, columns = agent.optimizers, (batch["action"], batch["reward"], batch["discount"])
-    obs, next_obs = script.preprocess(batch["obs"]), script.preprocess(batch["next_obs"])
-    script.minimize(agent.critic_loss(obs, *columns, next_obs), opt["critic"])
-    loss, log_prob = agent.actor_loss(agent.encoder.convs(obs).detach())
-    script.minimize(loss, opt["actor"])
-    script.minimize(agent.alpha_loss(log_prob), opt["alpha"])
-    script.soft_update(agent.critic, agent.target_critic, 0.01)
-    script.soft_update(agent.encoder, agent.target_encoder, 0.05)
-    return obs
+def run_here(name, flags, status=0):
+    """Runs a script in this process, which is quicker: the numbers of its last line, or None."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert importlib.import_module(name).main(str(flags).split()) == status, out.getvalue()
+    word, _, numbers = out.getvalue().splitlines()[-1].partition(" ")
+    return json.loads(numbers) if word == "summary" else None
 
 
-def tiny_args(module, **changes):
-    """The tiny run's Args, with changes."""
+def metrics(run_dir):
+    """Rows of metrics.csv without the times."""
+    with open(Path(run_dir) / "metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    return [{k: v for k, v in row.items() if not k.startswith("time")} for row in rows]
+
+
+def tiny_args(module, flags="", name=None, **changes):
+    """The tiny run's Args, with more flags or with changed values."""
     import tyro
 
-    args = tyro.cli(module.Args, args=TINY[module.__name__].split())
+    words = f"{TINY[name or module.__name__]} {flags}".split()
+    args = tyro.cli(module.Args, args=words)
     for key, value in changes.items():
         setattr(args, key, value)
     return args
+
+
+def noise_step(module, spec, rng, first):
+    """A Step of random numbers."""
+    state = np.float32(rng.standard_normal(spec.state_dim))
+    obs = rng.integers(0, 256, spec.obs_shape, dtype=np.uint8)
+    if len(spec.obs_shape) == 1:
+        obs = state
+    action = np.float32((not first) * rng.uniform(-1, 1, spec.action_dim))
+    return module.Step(obs, state, action, rng.random(), 1.0, first, False, 2)
+
+
+def tiny_agent(name, flags="", device="cpu", like=None):
+    """Module, agent, replay buffer of 160 rows of noise, and random numbers for batches. `like` is
+    the script whose flags a renamed copy has."""
+    import torch
+
+    module = importlib.import_module(name)
+    args = tiny_args(module, f"--device {device} {flags}", like or name)
+    for flag, wrong, remedy in module.algorithm_checks(args):
+        assert not wrong, (flag, remedy)
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    image = (3, args.image_size, args.image_size)
+    spec = module.EnvSpec((4,) if args.obs == "state" else image, 2, 4)
+    agent = module.Agent(args, spec)
+    folder = tempfile.mkdtemp()
+    if hasattr(module, "TaskBuffer"):
+        buffer, length = pearl_buffer(module, folder, args, spec)
+    else:
+        buffer, length = module.ReplayBuffer(folder, 200, args, spec), 40
+    for t in range(160):
+        buffer.add(noise_step(module, spec, rng, t % length == 0))
+    return module, agent, buffer, rng
+
+
+def pearl_buffer(module, folder, args, spec):
+    """PEARL's buffer for two tasks, one of two trajectories, and the rows of a trajectory."""
+    length = args.trajectory_steps + 1
+    buffer = module.TaskBuffer(folder, 200, args, spec)
+    buffer.rl = buffer.enc = [[0, 2 * length], [length]]
+    return buffer, length
