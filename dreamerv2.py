@@ -18,7 +18,7 @@ their losses follow CURL (InfoNCE, https://arxiv.org/abs/2004.04136), SPR
     z, h, a --> GRU --> h' -----+--> p(z' | h')
     z, h --> decoder, reward
     z, h -x-> actor --> a --> h' --> z' ~ p --x-> actor ...  15 steps, imagined from every z, h
-        J(pi) trains the actor, through the model; J(v) trains the critic; x: no gradient
+        J(pi) trains the actor, through the model; J(v) trains the critic; x stops the gradient
 
     python dreamerv2.py --smoke                  # learns visibly in minutes on a laptop
     python dreamerv2.py --env-id walker-walk     # the published hyperparameters
@@ -30,7 +30,7 @@ state h, F = Z + D features, A action.
 Units: a frame is one control step of the simulator; a step is one decision of the agent, held for
 action_repeat frames; an update is one gradient update on one batch. Row t of a sequence holds the
 action that led to its image and the reward that came with it.
-Tags in brackets, such as [DreamerV2 KL], name the formula of a line; D1 is a difference below.
+A tag such as [DreamerV2 KL] names the formula of a line, and D1 the first difference listed here.
 
 Differences from the paper and the authors' code
 D1  The paper has Atari and a humanoid. This script follows the authors' public configuration for
@@ -44,8 +44,7 @@ D3  Actions come from the inverse CDF of the truncated normal, at numbers within
     d action / d std = (action - loc) / std. The inverse CDF's exact d action / d loc is 0.25 on
     average at the initial deviation of 1.1: the actor's gradient would be four times smaller at
     the start, and nearly the same later.
-D4  Evaluation has an environment, a seed and random numbers of its own, and ten episodes. Theirs
-    plays one.
+D4  Evaluation has its own seed and random numbers, and ten episodes. Theirs plays one episode.
 D5  Everything is float32. Theirs is float16 in parts. Adam's epsilon is PyTorch's, added after the
     bias correction. One layer gives the actor's mean and deviation, so Glorot's bound is lower.
 D6  The target critic starts as a copy of the critic. Theirs starts with weights of its own.
@@ -72,7 +71,6 @@ import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
 import zipfile
 from pathlib import Path
@@ -81,10 +79,10 @@ from typing import Literal, NamedTuple
 
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
-    with contextlib.suppress(AttributeError):  # glibc keeps large blocks: up to 1.6 times as fast
+    with contextlib.suppress(AttributeError):  # glibc keeps freed memory: up to 1.6 times as fast
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
-    with contextlib.suppress(ImportError):  # loaded after OpenGL, Triton would crash
+    with contextlib.suppress(ImportError):  # Triton crashes if it is imported after OpenGL
         importlib.import_module("triton")
 
 import imageio
@@ -99,36 +97,35 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+
 # ---- Args --------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass
 class Args:
-    # every script has these
+    # all scripts have these
     env_id: str = "cheetah-run"  # <domain>-<task> of the dm_control suite
     smoke: bool = False  # small images and networks that learn visibly in minutes on two CPU cores
     seed: int = 1  # of the environment, the networks and the sampling
-    total_frames: int = 2_000_000  # length of the run [frames]; its last episode is played out
-    device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto takes the best that is there
+    total_frames: int = 2_000_000  # the run ends with the episode that reaches so many [frames]
+    device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto uses a GPU if there is one
     resume: str = ""  # folder of a run to go on with; the run's arguments are the defaults
     evaluate: str = ""  # folder of a run whose agent is played and filmed
     video: bool = True  # film the first episode of every evaluation
     track: bool = False  # log to Weights & Biases, too
     runs_dir: str = "runs"  # where the run's folder is made
-    action_repeat: int = 0  # frames per step; 0: the published value for the task
+    action_repeat: int = 2  # frames per step (code 2 on every task)
     image_size: int = 64  # side of the square image [pixels]
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of matrix products and convs
     cuda_graph: bool = True  # on CUDA, launch an update or an action as one graph
-    replay_capacity: int = 2_000_000  # how far back samples reach [rows: one per image]
+    replay_capacity: int = 2_000_000  # samples are among the newest so many rows, one per image
     delete_replay: bool = False  # remove the replay buffer's files when the run has finished
-    warmup_steps: int = 1000  # uniformly random steps before the first update (code 1000)
-    pretrain_updates: int = 100  # updates at the end of the warm-up (code 100)
+    warmup_steps: int = 1000  # random steps at first, rounded up to whole episodes (code 1000)
+    pretrain_updates: int = 100  # updates in one burst after the warm-up (code 100)
     updates_per_step: float = 0.2  # updates per step from then on (code 0.2)
     batch_size: int = 16  # samples per update (sequences; code 16, paper 50)
     eval_every_frames: int = 20_000  # distance between evaluations [frames]
     eval_episodes: int = 10  # episodes per evaluation (code 1)
-    checkpoint_every_minutes: float = 5.0  # least time between checkpoints [minutes]
+    checkpoint_every_minutes: float = 5.0  # minimum time between two checkpoints [minutes]
     # this algorithm
     obs = "pixels"  # not a flag: this script sees nothing else
     sequence_length: int = 50  # steps per sequence (code 50)
@@ -137,7 +134,7 @@ class Args:
     categoricals: int = 32  # categorical variables that z consists of (paper 32)
     classes: int = 32  # classes of each categorical (paper 32)
     deter_dim: int = 200  # size of h (code 200)
-    hidden_dim: int = 200  # width of the RSSM's hidden layers (code 200)
+    hidden_dim: int = 200  # width of the hidden layers (of the RSSM; code 200)
     head_dim: int = 400  # width of the actor, the critic and all heads (paper 400)
     head_layers: int = 4  # hidden layers of the actor, the critic and all heads (paper 4)
     horizon: int = 15  # imagined steps (paper 15)
@@ -152,7 +149,8 @@ class Args:
     actor_lr: float = 8e-5  # Adam's learning rate for the actor (code 8e-5)
     critic_lr: float = 8e-5  # Adam's learning rate for the critic (code 8e-5)
     weight_decay: float = 1e-6  # share that a weight loses per update, at any rate (paper 1e-6)
-    target_every_updates: int = 100  # the critic is copied at every Nth of its updates (code 100)
+    target_every_updates: int = 100  # target networks move at every Nth update (critic's; 100)
+    )
     # switches for data efficiency, all off
     model_every_updates: int = 1  # the model moves at every Nth update
     behavior_every_updates: int = 1  # actor and critic move at every Nth update
@@ -166,11 +164,7 @@ class Args:
     spr_weight: float = 0.0  # of predicting the target encoder's next five outputs (SPR)
     mask_ratio: float = 0.0  # share of feature map cells hidden in a second reconstruction; 0: none
 
-    def __post_init__(self):
-        self.action_repeat = self.action_repeat or ACTION_REPEAT.get(self.env_id, 2)
 
-
-ACTION_REPEAT = {}  # the authors' is 2 for every task
 SMOKE = {
     "env_id": "cheetah-run", "action_repeat": 4, "total_frames": 40_000, "image_size": 32,
     "render": "fast", "updates_per_step": 0.5, "batch_size": 12, "sequence_length": 12,
@@ -179,38 +173,35 @@ SMOKE = {
     "entropy_weight": 3e-3, "model_lr": 1e-3, "actor_lr": 3e-4, "critic_lr": 4e-4,
     "eval_every_frames": 10_000,
 }  # fmt: skip
-MAY_BE_ZERO = {"catch_up_updates", "entropy_weight", "free_nats", "gamma", "infonce_weight",
-               "kl_balance", "kl_scale", "mask_ratio", "pretrain_updates", "return_lambda", "seed",
-               "shift", "spr_weight", "weight_decay"}  # fmt: skip
-AT_MOST_ONE = {"encoder_tau", "gamma", "kl_balance", "mask_ratio", "reset_alpha", "return_lambda"}
+MAY_BE_ZERO = ["catch_up_updates", "entropy_weight", "free_nats", "gamma", "infonce_weight"]
+MAY_BE_ZERO += ["kl_balance", "kl_scale", "mask_ratio", "pretrain_updates", "return_lambda", "seed"]
+MAY_BE_ZERO += ["shift", "spr_weight", "weight_decay"]
+AT_MOST_ONE = ["encoder_tau", "gamma", "kl_balance", "mask_ratio", "reset_alpha", "return_lambda"]
 
 
 def algorithm_checks(args):
-    """Rows of (flag, whether it is wrong, what to do) that only this script has."""
+    """Checks that only this script has: rows of (flag, whether it is wrong, what to do)."""
     encoded, decoded = image_sides(args)
     kernels = len(args.decoder_kernels)
+    warmup = 1000 * math.ceil(args.warmup_steps * args.action_repeat / 1000)  # in whole episodes
     capacity = max(1000, args.replay_capacity)  # less is refused later
-    longest = min(500 // args.action_repeat, capacity // 4)
-    slowest = min(args.model_every_updates, args.behavior_every_updates)
-    steps = args.total_frames // args.action_repeat
+    most = min(500 // args.action_repeat, capacity // 4)  # half an episode, a quarter of the rows
+    length_is_wrong = not 2 <= args.sequence_length <= most
+    five_ahead = args.spr_weight > 0 and args.sequence_length < 6
+    idle = min(args.model_every_updates, args.behavior_every_updates) > 1  # at some updates
     return [
-        ("total_frames", steps <= args.warmup_steps, f"{steps} steps are only warm-up; raise it"),
-        ("decoder_kernels", kernels < 2, "there must be two conv layers at least"),
-        ("image_size", decoded != args.image_size, f"--decoder-kernels make {decoded}; use that"),
-        ("decoder_kernels", encoded < 1, "these convs need larger images; use larger kernels"),
-        ("sequence_length", not 2 <= args.sequence_length <= longest,
-         f"must be 2 to {longest}: half an episode, a quarter of the --replay-capacity at most"),
-        ("horizon", args.horizon < 2, "one imagined step has no return to learn from; at least 2"),
-        ("spr_weight", args.spr_weight > 0 and args.sequence_length < 6,
-         "looks five steps ahead; --sequence-length 6 at least"),
-        ("model_every_updates", slowest > 1,
-         "this or --behavior-every-updates must be 1, or some updates would move nothing"),
-    ]  # fmt: skip
+        ("total_frames", args.total_frames <= warmup, f"use more than the warm-up's {warmup}"),
+        ("decoder_kernels", kernels < 2, "use two conv layers at least"),
+        ("image_size", decoded != args.image_size, f"use {decoded}, for these --decoder-kernels"),
+        ("decoder_kernels", encoded < 1, "use larger kernels, for larger images"),
+        ("sequence_length", length_is_wrong, f"must be between 2 and {most}"),
+        ("horizon", args.horizon < 2, "must be 2 at least"),
+        ("spr_weight", five_ahead, "looks five steps ahead; use --sequence-length 6 at least"),
+        ("model_every_updates", idle, "this or --behavior-every-updates must be 1"),
+    ]
 
 
 # ---- networks ----------------------------------------------------------------------------------
-
-
 def image_sides(args):
     """Sides of the encoder's last feature map and of the decoder's output [pixels]."""
     encoded = args.image_size
@@ -231,7 +222,7 @@ def weight_init(module):
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that stays out of bfloat16: values, logits and means need more digits."""
+    """A linear layer in float32: bfloat16 has too few digits for values, logits and means."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -424,7 +415,7 @@ def minimize(loss, optimizer):
     nowhere else, whatever the loss was computed with. They are clipped to a norm of 100."""
     optimizer.zero_grad()
     parameters = [p for g in optimizer.param_groups for p in g["params"]]
-    with torch.autocast(loss.device.type, enabled=False):  # backward keeps forward's types
+    with torch.autocast(loss.device.type, enabled=False):  # the types are those of the forward pass
         loss.backward(inputs=parameters)
     nn.utils.clip_grad_norm_(parameters, 100.0)
     optimizer.step()
@@ -438,8 +429,6 @@ def soft_update(net, target, tau):
 
 
 # ---- Agent -------------------------------------------------------------------------------------
-
-
 class Cadence(NamedTuple):
     """What an update does."""
 
@@ -452,7 +441,7 @@ class Cadence(NamedTuple):
 class Agent(nn.Module):
     """DreamerV2. Read update() first: it is the algorithm; each loss is a method."""
 
-    updates = 0  # made so far; the training loop counts them
+    updates = 0  # made before this one; the training loop sets it
 
     def __init__(self, args, spec):
         super().__init__()
@@ -719,11 +708,11 @@ class Agent(nn.Module):
         return metrics
 
     def update(self, batch):
-        """One update from a batch of sample(); metrics as 0-d tensors.
+        """One update from a batch of sample(); gives metrics as 0-d tensors.
 
-        On CUDA the update is recorded once for each cadence and then replayed, so that a Python
-        number in it stays what it was when it was recorded. A number that changes from update to
-        update must be a tensor of the batch, or a field of cadence() that takes few values.
+        On CUDA the update is recorded once for each cadence and then replayed. The recording
+        freezes every Python number. A number that changes from update to update must be a tensor
+        of the batch, or a field of cadence() that takes few values.
         """
         due = self.cadence()
         if due.reset:
@@ -736,8 +725,8 @@ class Agent(nn.Module):
             metrics |= self.update_behavior(z, h, discount, due.target)  # [Bednarz alg. 1:7]
         return {name: value.detach() for name, value in metrics.items()}
 
-    @torch.no_grad()  # acting learns nothing
-    def act(self, step, carry, explore):
+    @torch.no_grad()  # acting needs no gradient
+    def act(self, step, carry, explore=False):
         """Action (A,) for a Step, and the next carry: the state, or None before an episode's first
         step."""
         obs = torch.as_tensor(step.obs, device=self.args.device)[None, None]
@@ -752,7 +741,7 @@ class Agent(nn.Module):
         action = truncated_normal(loc, std, torch.rand_like(loc))[0] if explore else loc
         return action[0], {"z": z[0], "h": h[0], "reset_count": self.reset_count.clone()}
 
-    @torch.no_grad()  # for the eye
+    @torch.no_grad()  # only to be looked at
     def images(self, buffer, rng):
         """{name: uint8 (H, W, 3)}: a sequence of T images; below it the model, which sees the first
         five and imagines the others from the actions alone; below that the model's error, which is
@@ -779,13 +768,21 @@ class Agent(nn.Module):
 
 
 # ---- environment (from here on, every script has the same text) ----------------------------------
-
-
 class UsageError(ValueError):
-    """Bad usage: names the flag, or the variable, and says what to do; exit status 2."""
+    """Bad usage. The message names the flag, or the variable, and says what to do."""
 
     def __init__(self, name, remedy):
         super().__init__(f"{name if name.isupper() else '--' + name.replace('_', '-')}: {remedy}")
+
+
+@contextlib.contextmanager
+def refuse_on(errors, name, remedy):
+    """Turns such errors into a UsageError of one line, which gives their reason in brackets."""
+    try:
+        yield
+    except errors as e:
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise UsageError(name, f"{remedy} ({reason})") from e
 
 
 def stream(seed, purpose, counter):
@@ -815,25 +812,25 @@ class Step(NamedTuple):
 
 def load_task(env_id, random):
     """The dm_control environment of a task; `random` is its np.random.RandomState."""
-    from dm_control import suite  # not at the top: check_args() says first if OpenGL is missing
+    from dm_control import suite  # not at the top, so that check_args() sees a missing OpenGL first
 
     tasks = ["-".join(task) for task in suite.ALL_TASKS]
     if env_id not in tasks:
         near = difflib.get_close_matches(env_id, tasks, 3, 0.4) or tasks
         raise UsageError("env_id", f"the suite has no {env_id!r}, but {', '.join(near)}")
-    limit = {"time_limit": 30.0} if env_id.startswith("lqr") else {}  # the only one without an end
+    limit = {"time_limit": 30.0} if env_id.startswith("lqr") else {}  # it has no time limit
     return suite.load(*env_id.split("-", 1), {"random": random, **limit})
 
 
 class PixelEnv:
     """A task with action repeat and a camera; actions are (A,) in [-1, 1]. --render exact gives the
-    pixels of physics.render; fast, without shadows and smooth edges, 40 times as many on a CPU."""
+    pixels of physics.render; fast drops shadows and smooth edges, 40 times as fast on a CPU."""
 
     def __init__(self, args, pixels=True, largest_image=0):
         self.args = args
         self.pixels = pixels and args.obs != "state"
         self.largest_image = max(args.image_size, largest_image)
-        self.random = np.random.RandomState()  # reset() seeds it
+        self.random = np.random.RandomState(args.seed)  # reset() seeds it anew
         self.env = load_task(args.env_id, self.random)
         self.model = None
         bounds = self.env.action_spec()
@@ -849,7 +846,8 @@ class PixelEnv:
         time_step = self.env.reset()
         model = self.env.physics.model
         if model.ptr is not self.model:  # some environments build a new one each time
-            self.model, self.cameras = model.ptr, {}
+            self.model = model.ptr
+            self.cameras = {}
             model.vis.global_.offwidth = model.vis.global_.offheight = self.largest_image
             if self.args.render == "fast":
                 model.vis.quality.offsamples = 0
@@ -858,7 +856,7 @@ class PixelEnv:
         return self.observe(time_step, np.zeros(len(self.low)), 0.0, 0)
 
     def step(self, action):
-        """Next Step; the action (A,) is repeated until the episode ends at most."""
+        """Next Step. Holds the action (A,) for action_repeat frames, or until the episode ends."""
         control = self.low + (np.float64(action) + 1) / 2 * (self.high - self.low)
         time_steps = [self.env.step(control)]
         while len(time_steps) < self.args.action_repeat and not time_steps[-1].last():
@@ -878,73 +876,63 @@ class PixelEnv:
         """Image (size, size, 3) uint8."""
         from dm_control.mujoco.engine import Camera
 
-        if size not in self.cameras:  # kept, as making one takes longer than an image
+        if size not in self.cameras:  # making one takes longer than an image
             camera_id = 2 if self.args.env_id.startswith("quadruped") else 0
             self.cameras[size] = Camera(self.env.physics, size, size, camera_id)
         fast = {"shadow": False, "reflection": False} if self.args.render == "fast" else {}
-        return self.cameras[size].render(render_flag_overrides=fast).copy()  # it draws there again
+        return self.cameras[size].render(render_flag_overrides=fast).copy()  # its array is reused
 
 
 # ---- replay buffer -----------------------------------------------------------------------------
-
-
 def upload(values, device):
     """Array, number or tensor as a tensor on `device`; to CUDA without waiting for the GPU."""
     tensor = torch.as_tensor(values)
-    if not device.startswith("cuda"):
-        return tensor.to(device)
-    return (tensor.pin_memory() if tensor.is_cpu else tensor).to(device, non_blocking=True)
+    pinned = tensor.is_cpu and device.startswith("cuda")
+    return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=pinned)
 
 
 class ReplayBuffer:
-    """Rows in memory-mapped files, appended and never overwritten: a process that dies leaves them
-    as they are, and a resumed one has nothing to load. On a GPU there is a copy of them.
+    """Rows in memory-mapped files. What a checkpoint counts is never written again, so that a run
+    can go on after a process died. A GPU has a copy of the rows.
 
-    Row t holds image t, the action that led to it (zeros at an episode's start), the reward and
-    the discount on arriving. A transition is rows t and t + 1. Stacks of images are made when they
-    are sampled. Samples reach `capacity` rows back, and never across episodes.
-    """
+    Row t holds image t, the action that led to it (zeros at an episode's start), the reward and the
+    discount on arriving. A transition is rows t and t + 1 of one episode. Samples reach `capacity`
+    rows back. Stacks of images are made when they are sampled."""
 
     def __init__(self, folder, rows, args, spec):
         self.folder = Path(folder)
         self.capacity = args.replay_capacity
         self.device = args.device
         self.row = 0
-        image = len(spec.obs_shape) == 3
-        self.types = {  # of a row; start is the row at which the row's episode starts
-            "obs": np.dtype((np.uint8 if image else np.float32, spec.obs_shape)),
-            "action": np.dtype((np.float32, (spec.action_dim,))),
-            "reward": np.dtype((np.float32, (1,))),
-            "discount": np.dtype((np.float32, (1,))),
-            "state": np.dtype((np.float32, (spec.state_dim,))),
-            "start": np.dtype(np.int64),
-        }
+        pixel = np.uint8 if len(spec.obs_shape) == 3 else np.float32
+        floats = {"action": spec.action_dim, "reward": 1, "discount": 1, "state": spec.state_dim}
+        self.types = {name: np.dtype((np.float32, (size,))) for name, size in floats.items()}
+        self.types["obs"] = np.dtype((pixel, spec.obs_shape))
+        self.types["start"] = np.dtype(np.int64)  # the row at which the row's episode starts
         self.grow(rows)
 
     def grow(self, rows):
-        """Takes room for so many rows at once, so that a disk that is too small is noticed now."""
+        """Reserves room for so many rows, so that a disk that is too small is noticed now."""
         self.rows = rows
         self.folder.mkdir(exist_ok=True)
         self.files = {}
         for name, dtype in self.types.items():
-            path = self.folder / name
-            with open(path, "ab") as file:
+            with open(self.folder / name, "ab") as file:
                 if hasattr(os, "posix_fallocate"):  # not on macOS
                     os.posix_fallocate(file.fileno(), 0, rows * dtype.itemsize)
-            self.files[name] = np.memmap(path, dtype, "r+", shape=(rows,))
+            self.files[name] = np.memmap(self.folder / name, dtype, "r+", shape=(rows,))
         self.columns = {k: torch.from_numpy(v).to(self.device) for k, v in self.files.items()}
 
     def add(self, step):
         """Appends a Step."""
-        if self.row == self.rows:  # episodes were shorter than expected: there are more starts
+        if self.row == self.rows:  # short episodes add more starts than expected
             self.grow(self.rows + self.rows // 4 + 1)
-        row = self.row
-        start = row if step.first else self.files["start"][row - 1]
-        for name, value in {**step._asdict(), "start": start}.items():
-            if name in self.files:
-                self.files[name][row] = value
-                if self.device != "cpu":
-                    self.columns[name][row] = upload(self.files[name][row], self.device)
+        values = step._asdict()
+        values["start"] = self.row if step.first else self.files["start"][self.row - 1]
+        for name, file in self.files.items():
+            file[self.row] = values[name]
+            if self.device != "cpu":
+                self.columns[name][self.row] = upload(file[self.row], self.device)
         self.row += 1
 
     def draw(self, rng, count, length, same_episode_tail):
@@ -985,20 +973,22 @@ class ReplayBuffer:
 
 
 # ---- evaluation --------------------------------------------------------------------------------
-
 VIDEO_SIZE = 256  # side of a film's images [pixels]
 
 
-def evaluate(act, env, seed, episodes, stop, film=False):
+def evaluate(act, env, episodes, stop, film=False):
     """Plays episodes, the same ones each time, with act(step, carry) -> action, carry. Gives their
-    returns (episodes,) and the images of the first, if it is filmed; None if a signal came.  D4"""
-    returns, images, number = [], [], 0
-    while len(returns) < episodes:
-        if stop.signal:
-            return None
-        rng = stream(seed, "evaluate", number)
+    returns (episodes,) and the images of the first, if it is filmed. A signal cuts it short.  D4"""
+    returns = []
+    number = 0
+    while len(returns) < episodes and not stop.signal:
+        if not returns:
+            images = []
+        rng = stream(env.args.seed, "evaluate", number)
         number += 1
-        step, carry, total = env.reset(rng.integers(2**32)), None, 0.0
+        step = env.reset(rng.integers(2**32))
+        carry = None
+        total = 0.0
         try:
             while not step.last:
                 if film and not returns:
@@ -1013,15 +1003,13 @@ def evaluate(act, env, seed, episodes, stop, film=False):
 
 
 # ---- logs and checkpoints ----------------------------------------------------------------------
-
-
 def finite(metrics, updates):
-    """Metrics as floats. Ends a run that becomes NaN or infinite, before a checkpoint is."""
+    """Metrics as floats. Ends a run that becomes NaN or infinite, before it is saved."""
     metrics = {name: float(value) for name, value in metrics.items()}
     for name, value in metrics.items():
         if not math.isfinite(value):
-            text = f"{name} is {value} after {updates} updates, which are not saved"
-            raise FloatingPointError(f"{text}; smaller learning rates may help")
+            text = f"{name} is {value} after {updates} updates; what came after the last checkpoint"
+            raise FloatingPointError(f"{text} is lost. Smaller learning rates may help")
     return metrics
 
 
@@ -1056,7 +1044,8 @@ class Logger:
         self.bar.update(progress.updates - self.bar.n)
 
     def log(self, row):
-        """Adds {name: number}, the counters and the last update's metrics as a row."""
+        """Adds a row: {name: number}, the counters, and the last value of each metric."""
+        self.tick()
         progress = self.progress
         progress.metrics = finite(progress.metrics, progress.updates)
         counters = {"frames": progress.frames, "steps": progress.step, "updates": progress.updates}
@@ -1086,15 +1075,15 @@ class Logger:
 def save_checkpoint(run_dir, args, agent, buffer, progress):
     """Writes checkpoint.pt, whole or not at all."""
     weights = sum(tensor.sum() for tensor in agent.state_dict().values())
+    progress.row = buffer.row
     progress.metrics = finite(progress.metrics, progress.updates)
     finite({"the sum of all weights": weights}, progress.updates)
     for file in buffer.files.values():
         file.flush()  # so that the rows outlast a failure of the machine, too
     payload = {"args": vars(args), "spec": tuple(agent.spec), "progress": vars(progress)}
-    payload["row"] = buffer.row
     payload["agent"] = agent.state_dict()
     payload["optimizers"] = {name: o.state_dict() for name, o in agent.optimizers.items()}
-    torch.save(payload, data := io.BytesIO())  # not to the file: a full disk raises OSError so
+    torch.save(payload, data := io.BytesIO())  # first into memory: PyTorch hides a full disk
     with open(run_dir / "checkpoint.part", "wb") as file:
         file.write(data.getbuffer())
         file.flush()
@@ -1106,15 +1095,13 @@ def read_checkpoint(path, flag):
     """Args and payload of a checkpoint or of a run's folder. Code in the file never runs."""
     path = Path(path).expanduser()
     path = path / "checkpoint.pt" if path.is_dir() else path
-    try:
+    with refuse_on(Exception, flag, f"{path} is no checkpoint of this script"):
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # checks every CRC
                 raise ValueError(f"{damaged} is damaged")
         payload = torch.load(path, map_location="cpu", weights_only=True)
-        return Args(**payload["args"]), payload
-    except Exception as e:  # whatever a damaged or foreign file makes them raise
-        why = (str(e) or type(e).__name__).splitlines()[0]
-        raise UsageError(flag, f"{path} is no checkpoint of this script ({why})") from e
+        payload["run_dir"] = path.parent
+        return Args(**payload["args"] | {"resume": "", "evaluate": ""}), payload
 
 
 def restore_agent(args, payload):
@@ -1134,26 +1121,24 @@ def load_agent(path, device="cpu"):
 
 
 # ---- CUDA graphs (a reader can skip them) --------------------------------------------------------
-
-
 def record(agent, name, cadence=tuple):
-    """Replaces an agent's method by one that records what the method launches on the GPU, and from
-    then on launches it all at once, on inputs at fixed places. There is a recording for each form
-    of the inputs (nested tensors, arrays, numbers, None), each value of the bools among them, the
-    options and cadence(). Whatever else the method reads or changes must lie on the GPU."""
+    """Wraps a method of the agent in CUDA graphs. For each combination of the inputs' shapes, the
+    bools and None among them, the options and cadence(), the method runs three times as it is, is
+    then recorded, and from then on replayed on copies of the inputs. Whatever else it reads or
+    changes must lie on the GPU."""
     method = getattr(agent, name)
-    calls, graphs, side_stream = {}, {}, torch.cuda.Stream()
-
-    def place(value):
-        fixed = value is None or isinstance(value, bool)
-        return value if fixed else upload(value, agent.args.device)
+    device = agent.args.device
+    side_stream = torch.cuda.Stream()
+    calls = {}
+    graphs = {}
 
     def launch(*inputs, **options):
-        inputs = tree_map(place, inputs)
+        fixed = (bool, type(None))
+        inputs = tree_map(lambda x: x if isinstance(x, fixed) else upload(x, device), inputs)
         shapes = tree_map_only(torch.Tensor, lambda tensor: tensor.shape, inputs)
         key = str((shapes, options, cadence()))
         calls[key] = calls.get(key, 0) + 1
-        if calls[key] <= 3:  # the first calls choose algorithms and make Adam's moments
+        if calls[key] <= 3:  # in these, algorithms are chosen and Adam makes its moments
             now = torch.cuda.current_stream()
             side_stream.wait_stream(now)
             with torch.cuda.stream(side_stream):
@@ -1166,7 +1151,7 @@ def record(agent, name, cadence=tuple):
             graph = torch.cuda.CUDAGraph()
             for group in groups:
                 group["capturable"] = True
-            with torch.cuda.graph(graph):  # launches nothing
+            with torch.cuda.graph(graph):  # records and does not run
                 outputs = method(*places, **options)
             for group in groups:
                 group["capturable"] = False
@@ -1183,8 +1168,6 @@ def record(agent, name, cadence=tuple):
 
 
 # ---- training loop -----------------------------------------------------------------------------
-
-
 def autocast(args):
     """What updates run in: with --precision bf16, convs and matrix products in bfloat16. Converted
     weights are not cached, as they change in the middle of an update."""
@@ -1193,7 +1176,7 @@ def autocast(args):
 
 
 def updates_due(args, step):
-    """How many updates there should have been when this step is taken, with the catch-up updates
+    """Number of updates that are made by the time this step is taken, with the catch-up updates
     that follow each reset.
 
     The loop makes at most ceil(updates_per_step) updates at a step, so that some of the catch-up
@@ -1215,10 +1198,10 @@ class Stop:
 
     def __enter__(self):
         self.handlers = {}
-        if threading.current_thread() is threading.main_thread():  # only there signals are caught
-            for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-                number = getattr(signal, name, None)  # Windows lacks two of them
-                if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)  # Windows lacks two of them
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
+                with contextlib.suppress(ValueError):  # a thread cannot catch signals
                     self.handlers[number] = signal.signal(number, self)
         return self
 
@@ -1226,7 +1209,8 @@ class Stop:
         self.signal = number
         for other in self.handlers:
             signal.signal(other, signal.SIG_DFL)
-        print("\nstopping soon, with a checkpoint; once more to stop at once", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print("\nstopping soon with a checkpoint; again: at once", file=sys.stderr, flush=True)
 
     def __exit__(self, *_):
         for number, handler in self.handlers.items():
@@ -1239,24 +1223,25 @@ def train(args, run_dir, stop, payload=None):
     env = PixelEnv(args)
     eval_env = PixelEnv(args, largest_image=VIDEO_SIZE * args.video)
     total_steps = math.ceil(args.total_frames / args.action_repeat)
+    every = args.eval_every_frames
     if payload:
         agent = restore_agent(args, payload)
         progress = SimpleNamespace(**payload["progress"])
     else:
         stream(args.seed, "weights", 0)
         agent = Agent(args, env.spec)
-        counters = dict.fromkeys(["step", "frames", "episode", "updates", "evaluated"], 0)
-        progress = SimpleNamespace(**counters, wall_s=0.0, eval_return=None, metrics={}, rows=[])
+        zeros = ["step", "frames", "episode", "updates", "evaluated", "row"]
+        progress = SimpleNamespace(**dict.fromkeys(zeros, 0), wall_s=0.0, saved_wall_s=0.0)
+        vars(progress).update(random_return=None, eval_return=None, metrics={}, rows=[])
     rows = total_steps + args.total_frames // 1000 + 1000  # with starts, and the last episode
-    try:
+    rows = max(rows, progress.row + 1)
+    with refuse_on(OSError, "runs_dir", f"no room for {rows:,} rows of the replay buffer"):
         buffer = ReplayBuffer(run_dir / "replay", rows, args, env.spec)
-    except OSError as e:
-        raise UsageError("runs_dir", f"no room for {rows:,} rows of the replay buffer ({e})") from e
-    buffer.row = payload["row"] if payload else 0
+    buffer.row = progress.row
     if args.cuda_graph and args.device.startswith("cuda"):
         record(agent, "update", agent.cadence)
         record(agent, "act")
-    saved = time.monotonic()
+    logger = Logger(args, run_dir, progress, updates_due(args, total_steps - 1))
 
     def random_policy(step, carry):
         return 2 * torch.rand(env.spec.action_dim) - 1, None
@@ -1269,77 +1254,71 @@ def train(args, run_dir, stop, payload=None):
         progress.updates += 1
 
     def save(minutes=0.0):
-        nonlocal saved
-        if time.monotonic() - saved >= 60 * minutes:
+        if progress.wall_s - progress.saved_wall_s >= 60 * minutes:
+            progress.saved_wall_s = progress.wall_s
             save_checkpoint(run_dir, args, agent, buffer, progress)
-            saved = time.monotonic()
 
-    if not payload:
-        returns, _ = evaluate(random_policy, PixelEnv(args, pixels=False), args.seed, 10, Stop())
-        progress.random_return = returns.mean().item()
-        print(f"random policy: {returns.mean():.1f} +- {returns.std():.1f} over 10 episodes")
-        save()
-    logger = Logger(args, run_dir, progress, updates_due(args, total_steps - 1))
-    while not stop.signal:
+    while not stop.signal:  # each turn makes one evaluation, one update or one episode
         finished = progress.frames >= args.total_frames
-        evaluations = progress.frames // args.eval_every_frames
-        missed = evaluations > progress.evaluated // args.eval_every_frames
-        if missed or (finished and progress.evaluated < progress.frames):
-            policy = functools.partial(agent.act, explore=False)
-            result = evaluate(policy, eval_env, args.seed, args.eval_episodes, stop, args.video)
-            if result is None:
+        missed = progress.frames // every > progress.evaluated // every
+        if progress.random_return is None:
+            returns, _ = evaluate(random_policy, PixelEnv(args, pixels=False), 10, stop)
+            if stop.signal:
+                break
+            progress.random_return = returns.mean().item()
+            tqdm.write(f"random policy: {progress.random_return:.1f} over 10 episodes")
+            save()
+        elif missed or (finished and progress.evaluated < progress.frames):
+            returns, video = evaluate(agent.act, eval_env, args.eval_episodes, stop, args.video)
+            if stop.signal:
                 break  # the resumed run evaluates again
-            returns, video = result
             progress.evaluated = progress.frames
-            mean, std = returns.mean().item(), returns.std().item()
-            tqdm.write(f"{progress.frames:,} frames: evaluation {mean:.1f} +- {std:.1f}")
+            mean = returns.mean().item()
+            std = returns.std().item()
             progress.eval_return = mean
+            tqdm.write(f"{progress.frames:,} frames: evaluation {mean:.1f} +- {std:.1f}")
             logger.log({"eval/return": mean, "eval/return_std": std})
             rng = stream(args.seed, "images", progress.frames)
             logger.show(agent.images(buffer, rng), video, env.fps)
-        if finished:
+        elif finished:
             break
-
-        # what is due before the first action: a long burst can be saved and stopped at any update
-        while progress.updates < updates_due(args, progress.step) and not stop.signal:
+        elif progress.updates < updates_due(args, progress.step):  # a burst
             update()
             logger.tick()
             if progress.updates % 1000 == 0:
                 logger.log({})
             save(args.checkpoint_every_minutes)
-        if stop.signal:
-            break
-
-        warm = progress.step >= args.warmup_steps
-        first_row = buffer.row
-        episode_return, carry = 0.0, None
-        rng = stream(args.seed, "episode", progress.episode)
-        try:
-            step = env.reset(rng.integers(2**32))
-            buffer.add(step)
-            while not step.last:
-                stream(args.seed, "act", progress.step)
-                act = functools.partial(agent.act, explore=True) if warm else random_policy
-                action, carry = act(step, carry)
-                due = updates_due(args, progress.step) if warm else 0
-                most = progress.updates + math.ceil(args.updates_per_step)
-                while progress.updates < min(due, most):  # more would wait for the next episode
-                    update()
-                action = action.cpu().numpy()
-                finite({"the action": action.sum()}, progress.updates)
-                progress.step += 1
-                step = env.step(action)
+        else:
+            warm = progress.step >= args.warmup_steps
+            act = functools.partial(agent.act, explore=True) if warm else random_policy
+            first_row = buffer.row
+            episode_return = 0.0
+            rng = stream(args.seed, "episode", progress.episode)
+            try:
+                step = env.reset(rng.integers(2**32))
+                carry = None
                 buffer.add(step)
-                progress.frames += step.frames
-                episode_return += step.reward
-                logger.tick()
-            logger.log({"train/return": episode_return})
-        except control.PhysicsError as e:
-            tqdm.write(f"warning: episode {progress.episode} is discarded: {e}")
-            progress.frames += args.action_repeat  # a task that always fails ends, too
-            buffer.row = first_row
-        progress.episode += 1
-        save(args.checkpoint_every_minutes)
+                while not step.last:
+                    stream(args.seed, "act", progress.step)
+                    action, carry = act(step, carry)
+                    for _ in range(math.ceil(args.updates_per_step)):  # the rest waits for its end
+                        if warm and progress.updates < updates_due(args, progress.step):
+                            update()
+                    action = action.cpu().numpy()
+                    finite({"the action": action.sum()}, progress.updates)
+                    step = env.step(action)
+                    progress.step += 1
+                    progress.frames += step.frames
+                    buffer.add(step)
+                    episode_return += step.reward
+                    logger.tick()
+                logger.log({"train/return": episode_return})
+            except control.PhysicsError as e:
+                tqdm.write(f"warning: episode {progress.episode} is discarded: {e}")
+                progress.frames += args.action_repeat  # so that a run of failures ends
+                buffer.row = first_row
+            progress.episode += 1
+            save(args.checkpoint_every_minutes)
     save()
     logger.bar.close()
     logger.writer.close()
@@ -1347,43 +1326,50 @@ def train(args, run_dir, stop, payload=None):
 
 
 # ---- main --------------------------------------------------------------------------------------
-
-MAY_CHANGE = {
-    "resume": {"resume", "smoke", "total_frames", "device", "video", "track", "runs_dir",
-               "precision", "cuda_graph", "delete_replay", "eval_every_frames", "eval_episodes",
-               "checkpoint_every_minutes"},
-    "evaluate": {"evaluate", "smoke", "seed", "eval_episodes", "device", "video", "runs_dir"},
+MAY_CHANGE = {  # flags beside --resume and --evaluate
+    "resume": {"resume", "total_frames", "device", "video", "track", "precision", "cuda_graph",
+               "delete_replay", "eval_every_frames", "eval_episodes", "checkpoint_every_minutes"},
+    "evaluate": {"evaluate", "seed", "eval_episodes", "device", "video", "track", "runs_dir"},
 }  # fmt: skip
+SUMMARY = ["frames", "updates", "wall_s", "random_return", "eval_return"]
 
 
 def check_args(args):
-    """Refuses what cannot work, before anything is written."""
+    """Refuses what cannot work, before anything is written, and settles the device."""
     for name, value in vars(args).items():
         for number in value if isinstance(value, tuple) else [value]:
             if type(number) in (int, float):
-                allowed = 0 < number < math.inf or (number == 0 and name in MAY_BE_ZERO)
-                if not allowed or (number > 1 and name in AT_MOST_ONE):
-                    limit = " and at most 1" * (name in AT_MOST_ONE)
+                zero = number == 0 and name in MAY_BE_ZERO
+                limit = " and at most 1" * (name in AT_MOST_ONE)
+                if not (0 < number < math.inf or zero) or (limit and number > 1):
                     raise UsageError(name, f"{number} is not a finite number above zero{limit}")
+    no_wandb = not args.evaluate and not importlib.util.find_spec("wandb")
     rows = [  # flag, whether it is wrong, what to do
         *algorithm_checks(args),
         ("evaluate", args.evaluate and args.resume, "excludes --resume; drop one of them"),
-        ("replay_capacity", args.replay_capacity < 1000, "must be 1000, a long episode, at least"),
-        ("track", args.track and not importlib.util.find_spec("wandb"), "pip install wandb, first"),
+        ("replay_capacity", args.replay_capacity < 1000, "use at least 1000, a long episode"),
+        ("track", args.track and no_wandb, "needs `pip install wandb`"),
     ]
     for flag, wrong, remedy in rows:
         if wrong:
             raise UsageError(flag, remedy)
     if args.video or args.obs != "state":
-        try:
+        used = {name: os.environ[name] for name in os.environ if name.startswith("MUJOCO_")}
+        text = f"cannot render with {used}. Try MUJOCO_GL=egl, which needs a GPU driver or libegl1 "
+        text += "and libgl1-mesa-dri, or MUJOCO_GL=osmesa, which needs libosmesa6"
+        with refuse_on(Exception, "MUJOCO_GL", text):  # OpenGL can be missing in many ways
             from dm_control import _render
 
             _render.Renderer(max(args.image_size, VIDEO_SIZE), VIDEO_SIZE).free()
-        except Exception as e:  # OpenGL can be missing in many ways
-            used = {name: os.environ[name] for name in os.environ if name.startswith("MUJOCO_")}
-            text = f"cannot render with {used} ({e}). Try MUJOCO_GL=egl, which needs a GPU driver "
-            text += "or libegl1 and libgl1-mesa-dri, or MUJOCO_GL=osmesa, which needs libosmesa6"
-            raise UsageError("MUJOCO_GL", text) from e
+    if args.device == "auto":
+        args.device = str(torch.accelerator.current_accelerator() or "cpu")
+    text = f"{args.device} cannot be used; cpu, cuda, cuda:1, mps or auto might"
+    with refuse_on((RuntimeError, AssertionError), "device", text):
+        torch.zeros(1, device=args.device).item()
+    if args.device.startswith("cuda:"):
+        torch.cuda.set_device(args.device)
+    tf32 = args.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 
 
 def parse_args(words):
@@ -1392,13 +1378,13 @@ def parse_args(words):
         if re.fullmatch(r"[\d.]+e\d+", word) and float(word).is_integer():
             words[i] = str(int(float(word)))  # 1e6 is a whole number, too
     description = (__doc__ or "").partition("\n")[0]  # python -OO has no docstrings
-    default = Args(**SMOKE) if "--smoke" in words else None
-    args = tyro.cli(Args, args=words, default=default, description=description)
+    parse = functools.partial(tyro.cli, Args, args=words, description=description)
+    args = parse(default=Args(**SMOKE) if "--smoke" in words else None)
     payload = None
-    if args.resume or args.evaluate:
+    if path := args.resume or args.evaluate:
         flag = "resume" if args.resume else "evaluate"
-        was, payload = read_checkpoint(args.resume or args.evaluate, flag)
-        args = tyro.cli(Args, args=words, default=was, description=description)
+        was, payload = read_checkpoint(path, flag)
+        args = parse(default=was)
         for name, value in vars(was).items():
             if name not in MAY_CHANGE[flag] and value != getattr(args, name):
                 raise UsageError(name, f"--{flag} cannot change it, the run has {value}")
@@ -1406,109 +1392,83 @@ def parse_args(words):
     return args, payload
 
 
-def choose_device(args):
-    """Resolves --device auto, and sets the precision of float32 products."""
-    if args.device == "auto":
-        args.device = str(torch.accelerator.current_accelerator() or "cpu")
-    try:
-        torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError) as e:
-        text = f"{args.device} cannot be used; cpu, cuda, cuda:1, mps or auto might ({e})"
-        raise UsageError("device", text.splitlines()[0]) from e
-    if args.device.startswith("cuda:"):
-        torch.cuda.set_device(args.device)
-    tf32 = args.precision == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-
-
-def make_run_dir(args):
-    """A new folder with the arguments and a copy of this script, with which the run can be played
-    when the script has changed; or the folder to resume. Locked until the process ends."""
-    if args.resume:
-        run_dir = Path(args.resume).expanduser()
-        run_dir = run_dir if run_dir.is_dir() else run_dir.parent
+def make_run_dir(args, payload):
+    """The folder to resume, or a new one with the arguments and a copy of this script, which plays
+    the run when the script has changed. And its lock, which is free when nobody refers to it."""
+    if payload:
+        run_dir = payload["run_dir"]
         if not (run_dir / "replay").exists():
             raise UsageError("resume", "the run's replay buffer was deleted; start a new run")
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{stamp}"
         run_dir = Path(args.runs_dir).expanduser() / name
-        try:
+        with refuse_on(OSError, "runs_dir", f"{run_dir} cannot be made"):
             run_dir.mkdir(parents=True)
             (run_dir / "args.json").write_text(json.dumps(vars(args), indent=1))
             shutil.copy(__file__, run_dir)
-        except OSError as e:
-            raise UsageError("runs_dir", f"{run_dir} cannot be made ({e.strerror})") from e
     lock = FileLock(run_dir / "lock")
     try:
-        lock.acquire(timeout=0)
-    except Timeout as e:
-        raise UsageError("resume", f"another process is at work in {run_dir}") from e
+        with refuse_on(Timeout, "resume", f"another process is at work in {run_dir}"):
+            lock.acquire(timeout=0)
     except (OSError, NotImplementedError) as e:
         print(f"warning: {run_dir} cannot be locked ({e}); one process at a time may use it")
     return run_dir, lock
 
 
-def summary(args, progress, run_dir):
-    """The last line that is printed, and summary.json."""
-    about = {"env_id": args.env_id, "script": Path(__file__).stem, "seed": args.seed}
-    about |= {"device": args.device, "run_dir": str(run_dir)}
-    names = ("frames", "updates", "wall_s", "random_return", "eval_return")
-    numbers = json.dumps(about | {name: getattr(progress, name) for name in names})
-    print(f"summary {numbers}")
-    return numbers
-
-
 def play(args, payload):
-    """--evaluate: plays a trained agent and films its first episode."""
-    path = Path(args.evaluate).expanduser()
-    folder = path if path.is_dir() else path.parent
+    """--evaluate: plays a trained agent and films its first episode. Gives the run's progress."""
+    folder = payload["run_dir"]
     if args.runs_dir != payload["args"]["runs_dir"]:
         folder = Path(args.runs_dir).expanduser()  # of the film
     env = PixelEnv(args, largest_image=VIDEO_SIZE * args.video)
-    policy = functools.partial(restore_agent(args, payload).act, explore=False)
-    returns, video = evaluate(policy, env, args.seed, args.eval_episodes, Stop(), args.video)
+    act = restore_agent(args, payload).act
+    returns, video = evaluate(act, env, args.eval_episodes, Stop(), args.video)
     print("returns: " + " ".join(f"{r:.1f}" for r in returns))
     if args.video:
         imageio.mimsave(folder / "evaluation.gif", video, duration=1000 / env.fps, loop=0)
         print(f"video: {folder / 'evaluation.gif'}")
-    progress = SimpleNamespace(**payload["progress"])
-    progress.eval_return = returns.mean().item()
-    summary(args, progress, path)
+    return SimpleNamespace(**payload["progress"] | {"eval_return": returns.mean().item()})
 
 
 def main(words=None):
     """The command line; gives the exit status: 1 where a run failed, 2 for bad usage."""
-    run_dir, command = None, ""
+    run_dir = None
+    command = ""
     try:
         args, payload = parse_args(sys.argv[1:] if words is None else list(words))
-        choose_device(args)
         if args.evaluate:
-            play(args, payload)
-            return 0
-        run_dir, lock = make_run_dir(args)
-        command = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
-        print(f"{args.env_id}, seed {args.seed}, {args.device}, in {run_dir}", flush=True)
-        with lock, Stop() as stop:
-            progress = train(args, run_dir, stop, payload)
-        if stop.signal and progress.evaluated < args.total_frames:
-            print(f"stopped; to go on: {command}")
-            return 128 + stop.signal
-        if args.delete_replay:
-            shutil.rmtree(run_dir / "replay")
-        (run_dir / "summary.json").write_text(summary(args, progress, run_dir))
+            run_dir = payload["run_dir"]
+            progress = play(args, payload)
+        else:
+            run_dir, lock = make_run_dir(args, payload)
+            command = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
+            print(f"{args.env_id}, seed {args.seed}, {args.device}, in {run_dir}", flush=True)
+            with Stop() as stop:
+                progress = train(args, run_dir, stop, payload)
+            if stop.signal and progress.evaluated < args.total_frames:
+                print(f"stopped; to go on: {command}")
+                return 128 + stop.signal
+            if args.delete_replay:
+                shutil.rmtree(run_dir / "replay")
+        about = {"env_id": args.env_id, "script": Path(__file__).stem, "seed": args.seed}
+        about |= {"device": args.device, "run_dir": str(run_dir)}
+        numbers = json.dumps(about | {name: getattr(progress, name) for name in SUMMARY})
+        if not args.evaluate:
+            (run_dir / "summary.json").write_text(numbers)
+        print(f"summary {numbers}")
         return 0
     except UsageError as e:
-        if run_dir and not args.resume:
+        if run_dir and not payload:
             shutil.rmtree(run_dir)  # nothing is left of a run that could not begin
         print(f"error: {e}", file=sys.stderr)
         return 2
     except FloatingPointError as e:
         text = str(e)
     except OSError as e:
-        text = f"{e}; to go on: {command}"
-    except (MemoryError, RuntimeError) as e:  # on a CPU, PyTorch has no class of its own for it
-        text = f"memory: {e or 'more than there is'}; use smaller networks or batches"
+        text = f"{e}{command and '; to go on: '}{command}"
+    except (MemoryError, RuntimeError) as e:  # PyTorch's on a CPU has no class of its own
+        text = f"memory: {str(e) or 'too little'}; use smaller networks, batches or a shorter run"
         if not isinstance(e, MemoryError) and not re.search("allocate|out of memory", str(e)):
             raise
     print("error: " + text.replace("\n", " "), file=sys.stderr)

@@ -67,7 +67,6 @@ import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
 import zipfile
 from pathlib import Path
@@ -76,10 +75,10 @@ from typing import Literal, NamedTuple
 
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
-    with contextlib.suppress(AttributeError):  # glibc keeps large blocks: up to 1.6 times as fast
+    with contextlib.suppress(AttributeError):  # glibc keeps freed memory: up to 1.6 times as fast
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
-    with contextlib.suppress(ImportError):  # loaded after OpenGL, Triton would crash
+    with contextlib.suppress(ImportError):  # Triton crashes if it is imported after OpenGL
         importlib.import_module("triton")
 
 import imageio
@@ -94,23 +93,22 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+
 # ---- Args --------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass
 class Args:
-    # every script has these
+    # all scripts have these
     env_id: str = "cheetah-vel"  # <domain>-<task> of the dm_control suite (here a family of tasks)
     smoke: bool = False  # small images and networks that learn visibly in minutes on two CPU cores
     seed: int = 1  # of the environment, the networks and the sampling
-    total_frames: int = 520_000  # length of the run [frames]; its last episode is played out
-    device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto takes the best that is there
+    total_frames: int = 520_000  # the run ends with the episode that reaches so many [frames]
+    device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto uses a GPU if there is one
     resume: str = ""  # folder of a run to go on with; the run's arguments are the defaults
     evaluate: str = ""  # folder of a run whose agent is played and filmed
     video: bool = True  # film the first episode of every evaluation (here the first task's)
     track: bool = False  # log to Weights & Biases, too
     runs_dir: str = "runs"  # where the run's folder is made
-    action_repeat: int = 1  # frames per step; 0: the published value for the task (always 1)
+    action_repeat: int = 1  # frames per step (always 1)
     image_size: int = 64  # side of the square image [pixels]
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of matrix products and convs
@@ -120,7 +118,7 @@ class Args:
     batch_size: int = 64  # samples per update (transitions of each task; code 256)
     eval_every_frames: int = 20_000  # distance between evaluations [frames]
     eval_episodes: int = 2  # episodes per evaluation (adaptations to each task)
-    checkpoint_every_minutes: float = 5.0  # least time between checkpoints [minutes]
+    checkpoint_every_minutes: float = 5.0  # minimum time between two checkpoints [minutes]
     # this algorithm
     obs_mode: Literal["state", "cnn-test", "cnn", "cnn-rl", "ae", "critic"] = "critic"  # what x is
     critic: Literal["v", "q"] = "v"  # v: V, fixed temperature (paper); q: target Qs, learned one
@@ -150,7 +148,7 @@ class Args:
     frame_stack: int = 3  # images per observation
     filters: int = 32  # channels of every conv layer
     conv_strides: tuple[int, ...] = (2, 2, 2, 2)  # one 3x3 conv layer each
-    feature_dim: int = 50  # size of x with --obs-mode critic or ae
+    feature_dim: int = 50  # size of an image's features (x with --obs-mode critic or ae)
     cnn_lr: float = 3e-4  # Adam's learning rate for CNN and decoder
     cnn_pretrain_updates: int = 1000  # regressions of a cnn mode on the initial trajectories
     rl_weight: float = 0.1  # of J(Q)'s gradient in the CNN with --obs-mode cnn-rl
@@ -187,16 +185,15 @@ SMOKE = {
     "gamma": 0.9, "tau": 0.01, "kl_lambda": 0.005, "context_trajectories": 2,
     "eval_every_frames": 11_050, "eval_episodes": 20,
 }  # fmt: skip
-MAY_BE_ZERO = {"cnn_pretrain_updates", "decoder_weight_decay", "extra_steps", "gamma", "kl_lambda",
-               "latent_weight", "posterior_steps", "prior_steps", "rl_weight", "seed",
-               "task_seed"}  # fmt: skip
-AT_MOST_ONE = {"encoder_tau", "gamma", "tau"}
+MAY_BE_ZERO = ["cnn_pretrain_updates", "decoder_weight_decay", "extra_steps", "gamma", "kl_lambda"]
+MAY_BE_ZERO += ["latent_weight", "posterior_steps", "prior_steps", "rl_weight", "seed", "task_seed"]
+AT_MOST_ONE = ["encoder_tau", "gamma", "tau"]
 
 
 def algorithm_checks(args):
-    """Rows of (flag, whether it is wrong, what to do) that only this script has."""
+    """Checks that only this script has: rows of (flag, whether it is wrong, what to do)."""
     most = find_family(args.env_id).steps
-    convs_fit = min(conv_sizes(args.image_size, args.conv_strides)) >= 1
+    convs_fit = args.conv_strides and min(conv_sizes(args.image_size, args.conv_strides)) >= 1
     initial = len(plan(args, 0)) * args.trajectory_steps
     return [
         ("action_repeat", args.action_repeat != 1, "families set the step's length; leave it out"),
@@ -205,13 +202,11 @@ def algorithm_checks(args):
         ("total_frames", args.total_frames <= initial, f"{initial} are only initial; raise it"),
         ("task_seed", args.task_seed >= 2**32, "must be below 2^32"),
         ("latent_dim", args.oracle and args.latent_dim < 2, "theta can be 2 numbers; raise it"),
-        ("image_size", not convs_fit, "too small for these --conv-strides; raise it"),
+        ("image_size", not convs_fit, "too small for the --conv-strides; raise it"),
     ]
 
 
 # ---- task families -----------------------------------------------------------------------------
-
-
 class MetaTask:
     """A task of the suite with a parameter theta that decides the reward or the dynamics. Nothing
     shows theta: targets are invisible, and observations leave out what points at them."""
@@ -357,8 +352,6 @@ def split(args):
 
 
 # ---- networks ----------------------------------------------------------------------------------
-
-
 def conv_sizes(size, strides):
     """Side of the image and of every 3x3 conv layer's output [pixels]."""
     sizes = [size]
@@ -368,7 +361,7 @@ def conv_sizes(size, strides):
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that stays out of bfloat16: values, logits and means need more digits."""
+    """A linear layer in float32: bfloat16 has too few digits for values, logits and means."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -448,7 +441,7 @@ class Decoder(nn.Sequential):
         layers = [nn.Linear(z_dim, n * sizes[-1] ** 2), nn.ReLU()]
         layers += [nn.Unflatten(1, (n, sizes[-1], sizes[-1]))]
         for i, stride in reversed(list(enumerate(args.conv_strides))):
-            missing = sizes[i] - (sizes[i + 1] - 1) * stride - 3  # what the conv's stride cut off
+            missing = sizes[i] - (sizes[i + 1] - 1) * stride - 3  # what the conv never reached
             out = n if i else obs_shape[0]
             layers += [nn.ConvTranspose2d(n, out, 3, stride, output_padding=missing), nn.ReLU()]
         super().__init__(*layers[:-1])
@@ -460,7 +453,7 @@ def minimize(loss, *optimizers):
     for optimizer in optimizers:
         optimizer.zero_grad()
     parameters = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-    with torch.autocast(loss.device.type, enabled=False):  # backward keeps forward's types
+    with torch.autocast(loss.device.type, enabled=False):  # the types are those of the forward pass
         loss.backward(inputs=parameters)
     for optimizer in optimizers:
         optimizer.step()
@@ -474,10 +467,8 @@ def soft_update(net, target, tau):
 
 
 # ---- Agent -------------------------------------------------------------------------------------
-
-
 class Agent(nn.Module):
-    """PEARL. Read update() first: it is the algorithm; each loss is a method."""
+    """Read update() first: it is the algorithm. Each loss is a method."""
 
     updates = 0  # made so far; the training loop counts them
 
@@ -735,13 +726,21 @@ class Agent(nn.Module):
 
 
 # ---- environment (from here on, all scripts share most of their text) ----------------------------
-
-
 class UsageError(ValueError):
-    """Bad usage: names the flag, or the variable, and says what to do; exit status 2."""
+    """Bad usage. The message names the flag, or the variable, and says what to do."""
 
     def __init__(self, name, remedy):
         super().__init__(f"{name if name.isupper() else '--' + name.replace('_', '-')}: {remedy}")
+
+
+@contextlib.contextmanager
+def refuse_on(errors, name, remedy):
+    """Turns such errors into a UsageError of one line, which gives their reason in brackets."""
+    try:
+        yield
+    except errors as e:
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise UsageError(name, f"{remedy} ({reason})") from e
 
 
 def stream(seed, purpose, counter):
@@ -782,13 +781,13 @@ def load_task(env_id, random):
 
 class PixelEnv:
     """A task with action repeat and a camera; actions are (A,) in [-1, 1]. --render exact gives the
-    pixels of physics.render; fast, without shadows and smooth edges, 40 times as many on a CPU."""
+    pixels of physics.render; fast drops shadows and smooth edges, 40 times as fast on a CPU."""
 
     def __init__(self, args, pixels=True, largest_image=0):
         self.args = args
         self.pixels = pixels and args.obs != "state"
         self.largest_image = max(args.image_size, largest_image)
-        self.random = np.random.RandomState()  # reset() seeds it
+        self.random = np.random.RandomState(args.seed)  # reset() seeds it anew
         self.env = load_task(args.env_id, self.random)
         self.model = None
         bounds = self.env.action_spec()
@@ -804,7 +803,8 @@ class PixelEnv:
         time_step = self.env.reset()
         model = self.env.physics.model
         if model.ptr is not self.model:  # some environments build a new one each time
-            self.model, self.cameras = model.ptr, {}
+            self.model = model.ptr
+            self.cameras = {}
             model.vis.global_.offwidth = model.vis.global_.offheight = self.largest_image
             if self.args.render == "fast":
                 model.vis.quality.offsamples = 0
@@ -813,7 +813,7 @@ class PixelEnv:
         return self.observe(time_step, np.zeros(len(self.low)), 0.0, 0)
 
     def step(self, action):
-        """Next Step; the action (A,) is repeated until the episode ends at most."""
+        """Next Step. Holds the action (A,) for action_repeat frames, or until the episode ends."""
         control = self.low + (np.float64(action) + 1) / 2 * (self.high - self.low)
         time_steps = [self.env.step(control)]
         while len(time_steps) < self.args.action_repeat and not time_steps[-1].last():
@@ -833,73 +833,63 @@ class PixelEnv:
         """Image (size, size, 3) uint8."""
         from dm_control.mujoco.engine import Camera
 
-        if size not in self.cameras:  # kept, as making one takes longer than an image
+        if size not in self.cameras:  # making one takes longer than an image
             camera_id = 2 if self.args.env_id.startswith("quadruped") else 0
             self.cameras[size] = Camera(self.env.physics, size, size, camera_id)
         fast = {"shadow": False, "reflection": False} if self.args.render == "fast" else {}
-        return self.cameras[size].render(render_flag_overrides=fast).copy()  # it draws there again
+        return self.cameras[size].render(render_flag_overrides=fast).copy()  # its array is reused
 
 
 # ---- replay buffer -----------------------------------------------------------------------------
-
-
 def upload(values, device):
     """Array, number or tensor as a tensor on `device`; to CUDA without waiting for the GPU."""
     tensor = torch.as_tensor(values)
-    if not device.startswith("cuda"):
-        return tensor.to(device)
-    return (tensor.pin_memory() if tensor.is_cpu else tensor).to(device, non_blocking=True)
+    pinned = tensor.is_cpu and device.startswith("cuda")
+    return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=pinned)
 
 
 class ReplayBuffer:
-    """Rows in memory-mapped files, appended and never overwritten: a process that dies leaves them
-    as they are, and a resumed one has nothing to load. On a GPU there is a copy of them.
+    """Rows in memory-mapped files. What a checkpoint counts is never written again, so that a run
+    can go on after a process died. A GPU has a copy of the rows.
 
-    Row t holds image t, the action that led to it (zeros at an episode's start), the reward and
-    the discount on arriving. A transition is rows t and t + 1. Stacks of images are made when they
-    are sampled. Samples reach `capacity` rows back, and never across episodes.
-    """
+    Row t holds image t, the action that led to it (zeros at an episode's start), the reward and the
+    discount on arriving. A transition is rows t and t + 1 of one episode. Samples reach `capacity`
+    rows back. Stacks of images are made when they are sampled."""
 
     def __init__(self, folder, rows, args, spec):
         self.folder = Path(folder)
         self.capacity = args.replay_capacity
         self.device = args.device
         self.row = 0
-        image = len(spec.obs_shape) == 3
-        self.types = {  # of a row; start is the row at which the row's episode starts
-            "obs": np.dtype((np.uint8 if image else np.float32, spec.obs_shape)),
-            "action": np.dtype((np.float32, (spec.action_dim,))),
-            "reward": np.dtype((np.float32, (1,))),
-            "discount": np.dtype((np.float32, (1,))),
-            "state": np.dtype((np.float32, (spec.state_dim,))),
-            "start": np.dtype(np.int64),
-        }
+        pixel = np.uint8 if len(spec.obs_shape) == 3 else np.float32
+        floats = {"action": spec.action_dim, "reward": 1, "discount": 1, "state": spec.state_dim}
+        self.types = {name: np.dtype((np.float32, (size,))) for name, size in floats.items()}
+        self.types["obs"] = np.dtype((pixel, spec.obs_shape))
+        self.types["start"] = np.dtype(np.int64)  # the row at which the row's episode starts
         self.grow(rows)
 
     def grow(self, rows):
-        """Takes room for so many rows at once, so that a disk that is too small is noticed now."""
+        """Reserves room for so many rows, so that a disk that is too small is noticed now."""
         self.rows = rows
         self.folder.mkdir(exist_ok=True)
         self.files = {}
         for name, dtype in self.types.items():
-            path = self.folder / name
-            with open(path, "ab") as file:
+            with open(self.folder / name, "ab") as file:
                 if hasattr(os, "posix_fallocate"):  # not on macOS
                     os.posix_fallocate(file.fileno(), 0, rows * dtype.itemsize)
-            self.files[name] = np.memmap(path, dtype, "r+", shape=(rows,))
+            self.files[name] = np.memmap(self.folder / name, dtype, "r+", shape=(rows,))
         self.columns = {k: torch.from_numpy(v).to(self.device) for k, v in self.files.items()}
 
     def add(self, step):
         """Appends a Step."""
-        if self.row == self.rows:  # episodes were shorter than expected: there are more starts
+        if self.row == self.rows:  # short episodes add more starts than expected
             self.grow(self.rows + self.rows // 4 + 1)
-        row = self.row
-        start = row if step.first else self.files["start"][row - 1]
-        for name, value in {**step._asdict(), "start": start}.items():
-            if name in self.files:
-                self.files[name][row] = value
-                if self.device != "cpu":
-                    self.columns[name][row] = upload(self.files[name][row], self.device)
+        values = step._asdict()
+        values["start"] = self.row if step.first else self.files["start"][self.row - 1]
+        for name, file in self.files.items():
+            file[self.row] = values[name]
+            if self.device != "cpu":
+                self.columns[name][self.row] = upload(file[self.row], self.device)
         self.row += 1
 
     def draw(self, rng, count, length, same_episode_tail):
@@ -1072,15 +1062,13 @@ def scatter(means, dot=5, size=200):
 
 
 # ---- logs and checkpoints ----------------------------------------------------------------------
-
-
 def finite(metrics, updates):
-    """Metrics as floats. Ends a run that becomes NaN or infinite, before a checkpoint is."""
+    """Metrics as floats. Ends a run that becomes NaN or infinite, before it is saved."""
     metrics = {name: float(value) for name, value in metrics.items()}
     for name, value in metrics.items():
         if not math.isfinite(value):
-            text = f"{name} is {value} after {updates} updates, which are not saved"
-            raise FloatingPointError(f"{text}; smaller learning rates may help")
+            text = f"{name} is {value} after {updates} updates; what came after the last checkpoint"
+            raise FloatingPointError(f"{text} is lost. Smaller learning rates may help")
     return metrics
 
 
@@ -1115,7 +1103,8 @@ class Logger:
         self.bar.update(progress.updates - self.bar.n)
 
     def log(self, row):
-        """Adds {name: number}, the counters and the last update's metrics as a row."""
+        """Adds a row: {name: number}, the counters, and the last value of each metric."""
+        self.tick()
         progress = self.progress
         progress.metrics = finite(progress.metrics, progress.updates)
         counters = {"frames": progress.frames, "steps": progress.step, "updates": progress.updates}
@@ -1145,15 +1134,15 @@ class Logger:
 def save_checkpoint(run_dir, args, agent, buffer, progress):
     """Writes checkpoint.pt, whole or not at all."""
     weights = sum(tensor.sum() for tensor in agent.state_dict().values())
+    progress.row = buffer.row
     progress.metrics = finite(progress.metrics, progress.updates)
     finite({"the sum of all weights": weights}, progress.updates)
     for file in buffer.files.values():
         file.flush()  # so that the rows outlast a failure of the machine, too
     payload = {"args": vars(args), "spec": tuple(agent.spec), "progress": vars(progress)}
-    payload["row"] = buffer.row
     payload["agent"] = agent.state_dict()
     payload["optimizers"] = {name: o.state_dict() for name, o in agent.optimizers.items()}
-    torch.save(payload, data := io.BytesIO())  # not to the file: a full disk raises OSError so
+    torch.save(payload, data := io.BytesIO())  # first into memory: PyTorch hides a full disk
     with open(run_dir / "checkpoint.part", "wb") as file:
         file.write(data.getbuffer())
         file.flush()
@@ -1165,15 +1154,13 @@ def read_checkpoint(path, flag):
     """Args and payload of a checkpoint or of a run's folder. Code in the file never runs."""
     path = Path(path).expanduser()
     path = path / "checkpoint.pt" if path.is_dir() else path
-    try:
+    with refuse_on(Exception, flag, f"{path} is no checkpoint of this script"):
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # checks every CRC
                 raise ValueError(f"{damaged} is damaged")
         payload = torch.load(path, map_location="cpu", weights_only=True)
-        return Args(**payload["args"]), payload
-    except Exception as e:  # whatever a damaged or foreign file makes them raise
-        why = (str(e) or type(e).__name__).splitlines()[0]
-        raise UsageError(flag, f"{path} is no checkpoint of this script ({why})") from e
+        payload["run_dir"] = path.parent
+        return Args(**payload["args"] | {"resume": "", "evaluate": ""}), payload
 
 
 def restore_agent(args, payload):
@@ -1193,26 +1180,24 @@ def load_agent(path, device="cpu"):
 
 
 # ---- CUDA graphs (a reader can skip them) --------------------------------------------------------
-
-
 def record(agent, name, cadence=tuple):
-    """Replaces an agent's method by one that records what the method launches on the GPU, and from
-    then on launches it all at once, on inputs at fixed places. There is a recording for each form
-    of the inputs (nested tensors, arrays, numbers, None), each value of the bools among them, the
-    options and cadence(). Whatever else the method reads or changes must lie on the GPU."""
+    """Wraps a method of the agent in CUDA graphs. For each combination of the inputs' shapes, the
+    bools and None among them, the options and cadence(), the method runs three times as it is, is
+    then recorded, and from then on replayed on copies of the inputs. Whatever else it reads or
+    changes must lie on the GPU."""
     method = getattr(agent, name)
-    calls, graphs, side_stream = {}, {}, torch.cuda.Stream()
-
-    def place(value):
-        fixed = value is None or isinstance(value, bool)
-        return value if fixed else upload(value, agent.args.device)
+    device = agent.args.device
+    side_stream = torch.cuda.Stream()
+    calls = {}
+    graphs = {}
 
     def launch(*inputs, **options):
-        inputs = tree_map(place, inputs)
+        fixed = (bool, type(None))
+        inputs = tree_map(lambda x: x if isinstance(x, fixed) else upload(x, device), inputs)
         shapes = tree_map_only(torch.Tensor, lambda tensor: tensor.shape, inputs)
         key = str((shapes, options, cadence()))
         calls[key] = calls.get(key, 0) + 1
-        if calls[key] <= 3:  # the first calls choose algorithms and make Adam's moments
+        if calls[key] <= 3:  # in these, algorithms are chosen and Adam makes its moments
             now = torch.cuda.current_stream()
             side_stream.wait_stream(now)
             with torch.cuda.stream(side_stream):
@@ -1225,7 +1210,7 @@ def record(agent, name, cadence=tuple):
             graph = torch.cuda.CUDAGraph()
             for group in groups:
                 group["capturable"] = True
-            with torch.cuda.graph(graph):  # launches nothing
+            with torch.cuda.graph(graph):  # records and does not run
                 outputs = method(*places, **options)
             for group in groups:
                 group["capturable"] = False
@@ -1242,8 +1227,6 @@ def record(agent, name, cadence=tuple):
 
 
 # ---- training loop -----------------------------------------------------------------------------
-
-
 def autocast(args):
     """What updates run in: with --precision bf16, convs and matrix products in bfloat16. Converted
     weights are not cached, as they change in the middle of an update."""
@@ -1299,10 +1282,10 @@ class Stop:
 
     def __enter__(self):
         self.handlers = {}
-        if threading.current_thread() is threading.main_thread():  # only there signals are caught
-            for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-                number = getattr(signal, name, None)  # Windows lacks two of them
-                if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)  # Windows lacks two of them
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
+                with contextlib.suppress(ValueError):  # a thread cannot catch signals
                     self.handlers[number] = signal.signal(number, self)
         return self
 
@@ -1310,7 +1293,8 @@ class Stop:
         self.signal = number
         for other in self.handlers:
             signal.signal(other, signal.SIG_DFL)
-        print("\nstopping soon, with a checkpoint; once more to stop at once", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print("\nstopping soon with a checkpoint; again: at once", file=sys.stderr, flush=True)
 
     def __exit__(self, *_):
         for number, handler in self.handlers.items():
@@ -1329,36 +1313,35 @@ def train(args, run_dir, stop, payload=None):
     else:
         stream(args.seed, "weights", 0)
         agent = Agent(args, env.spec)
-        counters = ["step", "frames", "iteration", "fits", "updates", "evaluated"]
+        counters = ["step", "frames", "iteration", "fits", "updates", "evaluated", "row"]
         results = ["random_return", "eval_return", "return_by_context", "gain"]
         progress = SimpleNamespace(**dict.fromkeys(counters, 0), **dict.fromkeys(results))
-        vars(progress).update(wall_s=0.0, returns=[], metrics={}, rows=[])
+        vars(progress).update(wall_s=0.0, saved_wall_s=0.0, returns=[], metrics={}, rows=[])
         print(f"{len(train_thetas)} tasks to train on, {len(test_thetas)} to test on")
     initial, each = len(plan(args, 0)), len(plan(args, 1))  # trajectories
     wanted = math.ceil(args.total_frames / args.trajectory_steps)
     iterations = max(progress.iteration, math.ceil((wanted - initial) / each))
     rows = (initial + iterations * each) * (args.trajectory_steps + 1)
-    try:
+    with refuse_on(OSError, "runs_dir", f"no room for {rows:,} rows of the replay buffer"):
         buffer = TaskBuffer(run_dir / "replay", rows, args, env.spec)  # [PEARL alg. 1:1]
-    except OSError as e:
-        raise UsageError("runs_dir", f"no room for {rows:,} rows of the replay buffer ({e})") from e
     if payload:
-        buffer.row, buffer.rl, buffer.enc = payload["row"], progress.rl, progress.enc
-    progress.rl, progress.enc = buffer.rl, buffer.enc  # for the checkpoints
+        buffer.row = progress.row
+        buffer.rl = progress.rl
+        buffer.enc = progress.enc
+    progress.rl = buffer.rl  # for the checkpoints
+    progress.enc = buffer.enc
     if args.cuda_graph and args.device.startswith("cuda"):
         record(agent, "update")
         record(agent, "act")
-    saved = time.monotonic()
+    logger = Logger(args, run_dir, progress, iterations * args.updates_per_iteration)
 
     def save(minutes=0.0):
-        nonlocal saved
-        if time.monotonic() - saved >= 60 * minutes:
+        if progress.wall_s - progress.saved_wall_s >= 60 * minutes:
+            progress.saved_wall_s = progress.wall_s
             save_checkpoint(run_dir, args, agent, buffer, progress)
-            saved = time.monotonic()
 
     if not payload:
         save()
-    logger = Logger(args, run_dir, progress, iterations * args.updates_per_iteration)
     while progress.evaluated < args.total_frames and not stop.signal:  # [PEARL alg. 1:2]
         agent.updates = progress.updates
         jobs = plan(args, progress.iteration)
@@ -1377,6 +1360,7 @@ def train(args, run_dir, stop, payload=None):
         while agent.regresses and progress.fits < args.cnn_pretrain_updates and not stop.signal:
             agent.fit(buffer, stream(args.seed, "fit", progress.fits))
             progress.fits += 1
+            logger.tick()
             save(args.checkpoint_every_minutes)
         due = progress.iteration * args.updates_per_iteration
         while progress.updates < due and not stop.signal:  # [PEARL alg. 1:11]
@@ -1425,42 +1409,51 @@ def train(args, run_dir, stop, payload=None):
 
 # ---- main --------------------------------------------------------------------------------------
 
-MAY_CHANGE = {
-    "resume": {"resume", "smoke", "total_frames", "device", "video", "track", "runs_dir",
-               "precision", "cuda_graph", "delete_replay", "eval_every_frames", "eval_episodes",
-               "checkpoint_every_minutes"},
-    "evaluate": {"evaluate", "smoke", "seed", "eval_episodes", "device", "video", "runs_dir"},
+MAY_CHANGE = {  # flags beside --resume and --evaluate
+    "resume": {"resume", "total_frames", "device", "video", "track", "precision", "cuda_graph",
+               "delete_replay", "eval_every_frames", "eval_episodes", "checkpoint_every_minutes"},
+    "evaluate": {"evaluate", "seed", "eval_episodes", "device", "video", "track", "runs_dir"},
 }  # fmt: skip
+SUMMARY = ["frames", "updates", "wall_s", "random_return", "eval_return"]
+SUMMARY += ["return_by_context", "gain"]
 
 
 def check_args(args):
-    """Refuses what cannot work, before anything is written."""
+    """Refuses what cannot work, before anything is written, and settles the device."""
     for name, value in vars(args).items():
         for number in value if isinstance(value, tuple) else [value]:
             if type(number) in (int, float):
-                allowed = 0 < number < math.inf or (number == 0 and name in MAY_BE_ZERO)
-                if not allowed or (number > 1 and name in AT_MOST_ONE):
-                    limit = " and at most 1" * (name in AT_MOST_ONE)
+                zero = number == 0 and name in MAY_BE_ZERO
+                limit = " and at most 1" * (name in AT_MOST_ONE)
+                if not (0 < number < math.inf or zero) or (limit and number > 1):
                     raise UsageError(name, f"{number} is not a finite number above zero{limit}")
+    no_wandb = not args.evaluate and not importlib.util.find_spec("wandb")
     rows = [  # flag, whether it is wrong, what to do
         *algorithm_checks(args),
         ("evaluate", args.evaluate and args.resume, "excludes --resume; drop one of them"),
-        ("replay_capacity", args.replay_capacity < 1000, "must be 1000, a long episode, at least"),
-        ("track", args.track and not importlib.util.find_spec("wandb"), "pip install wandb, first"),
+        ("replay_capacity", args.replay_capacity < 1000, "use at least 1000, a long episode"),
+        ("track", args.track and no_wandb, "needs `pip install wandb`"),
     ]
     for flag, wrong, remedy in rows:
         if wrong:
             raise UsageError(flag, remedy)
     if args.video or args.obs != "state":
-        try:
+        used = {name: os.environ[name] for name in os.environ if name.startswith("MUJOCO_")}
+        text = f"cannot render with {used}. Try MUJOCO_GL=egl, which needs a GPU driver or libegl1 "
+        text += "and libgl1-mesa-dri, or MUJOCO_GL=osmesa, which needs libosmesa6"
+        with refuse_on(Exception, "MUJOCO_GL", text):  # OpenGL can be missing in many ways
             from dm_control import _render
 
             _render.Renderer(max(args.image_size, VIDEO_SIZE), VIDEO_SIZE).free()
-        except Exception as e:  # OpenGL can be missing in many ways
-            used = {name: os.environ[name] for name in os.environ if name.startswith("MUJOCO_")}
-            text = f"cannot render with {used} ({e}). Try MUJOCO_GL=egl, which needs a GPU driver "
-            text += "or libegl1 and libgl1-mesa-dri, or MUJOCO_GL=osmesa, which needs libosmesa6"
-            raise UsageError("MUJOCO_GL", text) from e
+    if args.device == "auto":
+        args.device = str(torch.accelerator.current_accelerator() or "cpu")
+    text = f"{args.device} cannot be used; cpu, cuda, cuda:1, mps or auto might"
+    with refuse_on((RuntimeError, AssertionError), "device", text):
+        torch.zeros(1, device=args.device).item()
+    if args.device.startswith("cuda:"):
+        torch.cuda.set_device(args.device)
+    tf32 = args.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 
 
 def parse_args(words):
@@ -1469,13 +1462,13 @@ def parse_args(words):
         if re.fullmatch(r"[\d.]+e\d+", word) and float(word).is_integer():
             words[i] = str(int(float(word)))  # 1e6 is a whole number, too
     description = (__doc__ or "").partition("\n")[0]  # python -OO has no docstrings
-    default = Args(**SMOKE) if "--smoke" in words else None
-    args = tyro.cli(Args, args=words, default=default, description=description)
+    parse = functools.partial(tyro.cli, Args, args=words, description=description)
+    args = parse(default=Args(**SMOKE) if "--smoke" in words else None)
     payload = None
-    if args.resume or args.evaluate:
+    if path := args.resume or args.evaluate:
         flag = "resume" if args.resume else "evaluate"
-        was, payload = read_checkpoint(args.resume or args.evaluate, flag)
-        args = tyro.cli(Args, args=words, default=was, description=description)
+        was, payload = read_checkpoint(path, flag)
+        args = parse(default=was)
         for name, value in vars(was).items():
             if name not in MAY_CHANGE[flag] and value != getattr(args, name):
                 raise UsageError(name, f"--{flag} cannot change it, the run has {value}")
@@ -1483,64 +1476,34 @@ def parse_args(words):
     return args, payload
 
 
-def choose_device(args):
-    """Resolves --device auto, and sets the precision of float32 products."""
-    if args.device == "auto":
-        args.device = str(torch.accelerator.current_accelerator() or "cpu")
-    try:
-        torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError) as e:
-        text = f"{args.device} cannot be used; cpu, cuda, cuda:1, mps or auto might ({e})"
-        raise UsageError("device", text.splitlines()[0]) from e
-    if args.device.startswith("cuda:"):
-        torch.cuda.set_device(args.device)
-    tf32 = args.precision == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-
-
-def make_run_dir(args):
-    """A new folder with the arguments and a copy of this script, with which the run can be played
-    when the script has changed; or the folder to resume. Locked until the process ends."""
-    if args.resume:
-        run_dir = Path(args.resume).expanduser()
-        run_dir = run_dir if run_dir.is_dir() else run_dir.parent
+def make_run_dir(args, payload):
+    """The folder to resume, or a new one with the arguments and a copy of this script, which plays
+    the run when the script has changed. And its lock, which is free when nobody refers to it."""
+    if payload:
+        run_dir = payload["run_dir"]
         if not (run_dir / "replay").exists():
             raise UsageError("resume", "the run's replay buffer was deleted; start a new run")
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{stamp}"
         run_dir = Path(args.runs_dir).expanduser() / name
-        try:
+        with refuse_on(OSError, "runs_dir", f"{run_dir} cannot be made"):
             run_dir.mkdir(parents=True)
             (run_dir / "args.json").write_text(json.dumps(vars(args), indent=1))
             shutil.copy(__file__, run_dir)
-        except OSError as e:
-            raise UsageError("runs_dir", f"{run_dir} cannot be made ({e.strerror})") from e
     lock = FileLock(run_dir / "lock")
     try:
-        lock.acquire(timeout=0)
-    except Timeout as e:
-        raise UsageError("resume", f"another process is at work in {run_dir}") from e
+        with refuse_on(Timeout, "resume", f"another process is at work in {run_dir}"):
+            lock.acquire(timeout=0)
     except (OSError, NotImplementedError) as e:
         print(f"warning: {run_dir} cannot be locked ({e}); one process at a time may use it")
     return run_dir, lock
 
 
-def summary(args, progress, run_dir):
-    """The last line that is printed, and summary.json."""
-    about = {"env_id": args.env_id, "script": Path(__file__).stem, "seed": args.seed}
-    about |= {"device": args.device, "run_dir": str(run_dir)}
-    about |= {"return_by_context": progress.return_by_context, "gain": progress.gain}
-    names = ("frames", "updates", "wall_s", "random_return", "eval_return")
-    numbers = json.dumps(about | {name: getattr(progress, name) for name in names})
-    print(f"summary {numbers}")
-    return numbers
-
-
 def play(args, payload):
-    """--evaluate: adapts a trained agent to the test tasks and films the first adaptation."""
-    path = Path(args.evaluate).expanduser()
-    folder = path if path.is_dir() else path.parent
+    """--evaluate: adapts a trained agent to the test tasks and films the first adaptation. Gives
+    the run's progress."""
+    folder = payload["run_dir"]
     if args.runs_dir != payload["args"]["runs_dir"]:
         folder = Path(args.runs_dir).expanduser()  # of the film
     env = PixelEnv(args, largest_image=VIDEO_SIZE * args.video)
@@ -1552,43 +1515,47 @@ def play(args, payload):
     if args.video:
         imageio.mimsave(folder / "evaluation.gif", video, duration=1000 / env.fps, loop=0)
         print(f"video: {folder / 'evaluation.gif'}")
-    progress = SimpleNamespace(**payload["progress"])
-    vars(progress).update(score(returns))
-    summary(args, progress, path)
+    return SimpleNamespace(**payload["progress"] | score(returns))
 
 
 def main(words=None):
     """The command line; gives the exit status: 1 where a run failed, 2 for bad usage."""
-    run_dir, command = None, ""
+    run_dir = None
+    command = ""
     try:
         args, payload = parse_args(sys.argv[1:] if words is None else list(words))
-        choose_device(args)
         if args.evaluate:
-            play(args, payload)
-            return 0
-        run_dir, lock = make_run_dir(args)
-        command = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
-        print(f"{args.env_id}, seed {args.seed}, {args.device}, in {run_dir}", flush=True)
-        with lock, Stop() as stop:
-            progress = train(args, run_dir, stop, payload)
-        if stop.signal and progress.evaluated < args.total_frames:
-            print(f"stopped; to go on: {command}")
-            return 128 + stop.signal
-        if args.delete_replay:
-            shutil.rmtree(run_dir / "replay")
-        (run_dir / "summary.json").write_text(summary(args, progress, run_dir))
+            run_dir = payload["run_dir"]
+            progress = play(args, payload)
+        else:
+            run_dir, lock = make_run_dir(args, payload)
+            command = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
+            print(f"{args.env_id}, seed {args.seed}, {args.device}, in {run_dir}", flush=True)
+            with Stop() as stop:
+                progress = train(args, run_dir, stop, payload)
+            if stop.signal and progress.evaluated < args.total_frames:
+                print(f"stopped; to go on: {command}")
+                return 128 + stop.signal
+            if args.delete_replay:
+                shutil.rmtree(run_dir / "replay")
+        about = {"env_id": args.env_id, "script": Path(__file__).stem, "seed": args.seed}
+        about |= {"device": args.device, "run_dir": str(run_dir)}
+        numbers = json.dumps(about | {name: getattr(progress, name) for name in SUMMARY})
+        if not args.evaluate:
+            (run_dir / "summary.json").write_text(numbers)
+        print(f"summary {numbers}")
         return 0
     except UsageError as e:
-        if run_dir and not args.resume:
+        if run_dir and not payload:
             shutil.rmtree(run_dir)  # nothing is left of a run that could not begin
         print(f"error: {e}", file=sys.stderr)
         return 2
     except FloatingPointError as e:
         text = str(e)
     except OSError as e:
-        text = f"{e}; to go on: {command}"
-    except (MemoryError, RuntimeError) as e:  # on a CPU, PyTorch has no class of its own for it
-        text = f"memory: {e or 'more than there is'}; use smaller networks or batches"
+        text = f"{e}{command and '; to go on: '}{command}"
+    except (MemoryError, RuntimeError) as e:  # PyTorch's on a CPU has no class of its own
+        text = f"memory: {str(e) or 'too little'}; use smaller networks, batches or a shorter run"
         if not isinstance(e, MemoryError) and not re.search("allocate|out of memory", str(e)):
             raise
     print("error: " + text.replace("\n", " "), file=sys.stderr)

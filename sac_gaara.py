@@ -16,8 +16,8 @@ https://arxiv.org/abs/1910.01741; the authors' code: https://github.com/denisyar
 
                             +---> head --> z --+--> Q1, Q2      J(Q) trains convs, head, Q1, Q2
     obs --> convs --> h ----+                  +--> decoder     J(RAE) trains convs, head, decoder
-                            +-x-> actor's own head --> MLP      J(pi) trains it, through Q(z, a)
-                                                                x: no gradient
+                            +-x-> actor's own head --> MLP      J(pi) trains both, through Q(z, a)
+                                                                x stops the gradient
     obs = centre crop ------> z = z_a -------------+
                                                    +--> z_a W z_p   InfoNCE trains convs, head, W
     random crop --> target encoder -x-> z_p -------+                with an annealed weight
@@ -29,30 +29,30 @@ https://arxiv.org/abs/1910.01741; the authors' code: https://github.com/denisyar
 Shapes: B batch, T time, K stacked images, C H W image, S state, F features, D latent, A action.
 Units: a frame is one control step of the simulator; a step is one decision of the agent, held for
 action_repeat frames; an update is one gradient update on one batch.
-Tags in brackets, such as [SAC+AE J(Q)], name the formula of a line; D1 is a difference below.
+A tag such as [SAC+AE J(Q)] names the formula of a line, and D1 the first difference listed here.
 
 Differences from the paper and the authors' code
-D1  The actor's optimizer leaves out the convs that it shares with the critic. Theirs holds them,
-    with gradients that are always zero. With --actor-trains-encoder it holds them here, too.
+D1  The actor's optimizer does not hold the convs, which actor and critic share, unless
+    --actor-trains-encoder is given. Theirs holds them, but their gradient there is always zero.
 D2  Actor and decoder read one pass of the convs over obs. Theirs makes two, with equal results.
-D3  Bootstrapping follows dm_control's discount, which is 1 at a time limit. Theirs keeps a done
-    flag and clears it there. The targets are the same where episodes end only by time.
-D4  Evaluation has an environment, a seed and random numbers of its own.
-D5  With --freeze-encoder the actor trains its own head on the frozen convs. In the first version
-    of the authors' code that head stayed as initialised.
+D3  Bootstrapping follows dm_control's discount, which is 1 at a time limit. Their code keeps a done
+    flag and sets it to 0 at the time limit. Where episodes end only by time the targets are equal.
+D4  Evaluation has its own environment, seed and random numbers. Theirs shares the training's.
+D5  With --freeze-encoder the actor still trains its own head. In the first version of the authors'
+    code that head stayed as initialised.
 D6  log alpha is float32. Theirs is float64.
-D7  The default run has 1M frames. Theirs has 1M steps, which are 4M frames on cheetah-run, and is
-    evaluated every 10,000 steps.
+D7  The default run has 1M frames. Theirs has 1M steps, which are 4M frames on cheetah-run, and they
+    evaluate every 10,000 steps.
 D8  A random crop of 84 in 100 pixels starts at 0 to 16. In GAARA's and CURL's code 16 is left out.
-D9  The contrastive weight is a function of the number of updates, not a running difference. As
-    published it has no effect: the loss has an Adam of its own, which divides any factor out. It
-    has an effect with --anneal lr, and with --contrast-step joint at weights near 1e-3, where both
-    losses have gradients of one size in the encoder.
+D9  The contrastive weight is a function of the number of updates; theirs is a running difference.
+    As published it has no effect: the loss has an Adam of its own, which divides any factor out. It
+    has an effect with --anneal lr, and with --contrast-step joint at weights near 1e-3, where the
+    gradients of both losses in the encoder have about the same size.
 D10 The report's (2) and (9) lack the minus of a cross entropy, its algorithm 1 encodes positives
     online, and its section 4.2 swaps query and key. Here, as in its code, (6) holds.
 D11 CURL's code takes two steps of two Adams on one contrastive gradient. Here it is one step.
-D12 The separate contrastive step is taken at every update. GAARA's code takes it with the
-    decoder's, which is as often by default.
+D12 The separate contrastive step comes at every update. In GAARA's code it comes with the
+    decoder's step, which is as often by default.
 """
 
 import contextlib
@@ -72,7 +72,6 @@ import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
 import zipfile
 from pathlib import Path
@@ -81,10 +80,10 @@ from typing import Literal, NamedTuple
 
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
-    with contextlib.suppress(AttributeError):  # glibc keeps large blocks: up to 1.6 times as fast
+    with contextlib.suppress(AttributeError):  # glibc keeps freed memory: up to 1.6 times as fast
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
-    with contextlib.suppress(ImportError):  # loaded after OpenGL, Triton would crash
+    with contextlib.suppress(ImportError):  # Triton crashes if it is imported after OpenGL
         importlib.import_module("triton")
 
 import imageio
@@ -99,17 +98,16 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+
 # ---- Args --------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass
 class Args:
-    # every script has these
+    # all scripts have these
     env_id: str = "cheetah-run"  # <domain>-<task> of the dm_control suite
     smoke: bool = False  # small images and networks that learn visibly in minutes on two CPU cores
     seed: int = 1  # of the environment, the networks and the sampling
-    total_frames: int = 1_000_000  # length of the run [frames]; its last episode is played out
-    device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto takes the best that is there
+    total_frames: int = 1_000_000  # the run ends with the episode that reaches so many [frames]
+    device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto uses a GPU if there is one
     resume: str = ""  # folder of a run to go on with; the run's arguments are the defaults
     evaluate: str = ""  # folder of a run whose agent is played and filmed
     video: bool = True  # film the first episode of every evaluation
@@ -120,21 +118,21 @@ class Args:
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of matrix products and convs
     cuda_graph: bool = True  # on CUDA, launch an update or an action as one graph
-    replay_capacity: int = 700_000  # how far back samples reach [rows: one per image]
+    replay_capacity: int = 700_000  # samples are among the newest so many rows, one per image
     delete_replay: bool = False  # remove the replay buffer's files when the run has finished
-    warmup_steps: int = 1000  # uniformly random steps before the first update (paper 1000)
-    pretrain_updates: int = 1000  # updates at the end of the warm-up (authors' code 1000)
+    warmup_steps: int = 1000  # random steps at first, rounded up to whole episodes (paper 1000)
+    pretrain_updates: int = 1000  # updates in one burst after the warm-up (authors' code 1000)
     updates_per_step: float = 1.0  # updates per step from then on (paper 1)
     batch_size: int = 128  # samples per update (transitions; paper 128)
     eval_every_frames: int = 20_000  # distance between evaluations [frames]
     eval_episodes: int = 10  # episodes per evaluation (paper 10)
-    checkpoint_every_minutes: float = 5.0  # least time between checkpoints [minutes]
+    checkpoint_every_minutes: float = 5.0  # minimum time between two checkpoints [minutes]
     # this algorithm
     obs: Literal["pixels", "state"] = "pixels"  # state: SAC from the simulator's state vector
     reconstruction: Literal["ae", "vae", "none"] = "ae"  # vae: beta-VAE; none: no decoder
     decoder_every_updates: int = 1  # reconstruct only at every Nth update
-    freeze_encoder: bool = False  # no gradient of J(Q) reaches the encoder
-    actor_trains_encoder: bool = False  # J(pi) moves the convs too, through pi and Q (unstable)
+    freeze_encoder: bool = False  # J(Q) does not train the encoder, only the other losses do
+    actor_trains_encoder: bool = False  # J(pi) trains the convs, too (training gets unstable)
     frame_stack: int = 3  # images per observation (paper 3)
     filters: int = 32  # channels of every conv layer (paper 32)
     conv_strides: tuple[int, ...] = (2, 1, 1, 1)  # one 3x3 conv layer each (paper 2 1 1 1)
@@ -154,7 +152,7 @@ class Args:
     encoder_tau: float = 0.05  # Polyak coefficient of the target encoder (paper 0.05)
     latent_weight: float = 1e-6  # of the penalty |z|^2 / 2 (paper 1e-6)
     decoder_weight_decay: float = 1e-7  # L2 on the decoder, inside Adam (paper 1e-7)
-    kl_weight: float = 3.15e-5  # vae: beta / 31752, half the pixels that the error is a mean of
+    kl_weight: float = 3.15e-5  # vae: weight of the KL; beta is 31752 times as much, for 84x84x9
     crop_size: int = 84  # side of the crop that the networks see [pixels] (paper 84)
     obs_crop: Literal["centre", "random"] = "centre"  # of obs (the anchor) and next_obs in training
     contrast: Literal["infonce", "discriminator", "none"] = "infonce"  # discriminator: the decoder
@@ -175,40 +173,36 @@ SMOKE = {
     "critic_tau": 0.02, "alpha_lr": 1e-3, "actor_every_updates": 1, "target_every_updates": 1,
     "eval_every_frames": 16_000,
 }  # fmt: skip
-MAY_BE_ZERO = {"alpha_beta1", "decoder_weight_decay", "gamma", "kl_weight", "latent_weight",
-               "pretrain_updates", "seed", "contrast_decay", "contrast_floor"}  # fmt: skip
-AT_MOST_ONE = {"critic_tau", "encoder_tau", "gamma"}
+MAY_BE_ZERO = ["alpha_beta1", "decoder_weight_decay", "gamma", "kl_weight", "latent_weight"]
+MAY_BE_ZERO += ["contrast_decay", "contrast_floor"]
+MAY_BE_ZERO += ["pretrain_updates", "seed"]
+AT_MOST_ONE = ["critic_tau", "encoder_tau", "gamma"]
 
 
 def algorithm_checks(args):
-    """Rows of (flag, whether it is wrong, what to do) that only this script has."""
-    sees_state = args.obs == "state"
-    image_parts = args.reconstruction != "none" or args.frame_stack != 1
+    """Checks that only this script has: rows of (flag, whether it is wrong, what to do)."""
     decodes = args.reconstruction != "none"
+    infonce = args.contrast == "infonce"
     joint = args.contrast_step == "joint"
-    convs_fit = min(conv_sizes(args.crop_size, args.conv_strides)) >= 1
-    steps = args.total_frames // args.action_repeat
+    has_images = args.reconstruction != "none" or args.frame_stack != 1
+    convs_fit = args.conv_strides and min(conv_sizes(args.crop_size, args.conv_strides)) >= 1
+    warmup = 1000 * math.ceil(args.warmup_steps * args.action_repeat / 1000)  # in whole episodes
+    both = args.freeze_encoder and args.actor_trains_encoder
     return [
-        ("total_frames", steps <= args.warmup_steps, f"{steps} steps are only warm-up; raise it"),
-        ("obs", sees_state and image_parts,
-         "a state is no image; add --reconstruction none --frame-stack 1"),
-        ("contrast", sees_state and args.contrast != "none", "a state has no crops; use none"),
-        ("contrast", args.contrast == "discriminator" and not decodes,
-         "the discriminator is the decoder; drop --reconstruction none"),
-        ("contrast_step", joint and not (decodes and args.contrast == "infonce"),
-         "joint is the sum of a reconstruction loss and InfoNCE; use both"),
+        ("total_frames", args.total_frames <= warmup, f"use more than the warm-up's {warmup}"),
+        ("obs", args.obs == "state" and has_images, "add --reconstruction none --frame-stack 1"),
+        ("contrast", args.obs == "state" and args.contrast != "none", "use none for a state"),
+        ("contrast", args.contrast == "discriminator" and not decodes, "needs --reconstruction ae"),
+        ("contrast_step", joint and not (decodes and infonce), "joint needs a decoder and InfoNCE"),
         ("anneal", joint and args.anneal == "lr", "a joint step has no rate of its own; use loss"),
-        ("freeze_encoder", args.freeze_encoder and args.actor_trains_encoder,
-         "contradicts --actor-trains-encoder; drop one of them"),
+        ("freeze_encoder", both, "contradicts --actor-trains-encoder; drop one of them"),
         ("alpha_beta1", args.alpha_beta1 >= 1, "must be below 1"),
-        ("crop_size", not convs_fit, "too small for these --conv-strides; raise it"),
+        ("crop_size", not convs_fit, "too small for the --conv-strides; raise it"),
         ("image_size", args.image_size < args.crop_size, "is below --crop-size; raise it"),
-    ]  # fmt: skip
+    ]
 
 
 # ---- networks ----------------------------------------------------------------------------------
-
-
 def conv_sizes(size, strides):
     """Side of the image and of every 3x3 conv layer's output [pixels]."""
     sizes = [size]
@@ -218,8 +212,8 @@ def conv_sizes(size, strides):
 
 
 def weight_init(module):
-    """Orthogonal linear layers; delta-orthogonal convs (https://arxiv.org/abs/1806.05393): zero but
-    for the centre tap, so that a signal crosses the layers with its norm."""
+    """Orthogonal linear layers, and delta-orthogonal convs (https://arxiv.org/abs/1806.05393): all
+    weights but those at a kernel's centre are zero, so that a layer preserves the norm."""
     if isinstance(module, nn.Linear):
         nn.init.orthogonal_(module.weight)
         nn.init.zeros_(module.bias)
@@ -231,7 +225,7 @@ def weight_init(module):
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that stays out of bfloat16: values, logits and means need more digits."""
+    """A linear layer in float32: bfloat16 has too few digits for values, logits and means."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -239,9 +233,10 @@ class Float32Linear(nn.Linear):
 
 
 def mlp(in_dim, hidden_dim, out_dim):
-    """Two hidden ReLU layers."""
-    first, second = nn.Linear(in_dim, hidden_dim), nn.Linear(hidden_dim, hidden_dim)
-    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), Float32Linear(hidden_dim, out_dim))
+    """An MLP with two hidden ReLU layers."""
+    first = [nn.Linear(in_dim, hidden_dim), nn.ReLU()]
+    second = [nn.Linear(hidden_dim, hidden_dim), nn.ReLU()]
+    return nn.Sequential(*first, *second, Float32Linear(hidden_dim, out_dim))
 
 
 def preprocess(obs):
@@ -279,8 +274,8 @@ def tanh_gaussian(mu, log_std):
 
 
 class Head(nn.Module):
-    """h (B, F) -> z (B, D): linear, LayerNorm, tanh. A beta-VAE's head adds noise of learned size,
-    also when the agent is evaluated."""
+    """h (B, F) -> z (B, D): linear, LayerNorm, tanh. The head of a beta-VAE samples z, in training
+    and in evaluation."""
 
     def __init__(self, h_dim, z_dim, stochastic):
         super().__init__()
@@ -290,7 +285,7 @@ class Head(nn.Module):
         self.log_std = Float32Linear(h_dim, z_dim) if stochastic else None
 
     def with_kl(self, h):
-        """z (B, D), and the mean of KL(q(z|o) || N(0, I)), summed over z; 0 if z is no sample."""
+        """z (B, D), and the mean of KL(q(z|o) || N(0, I)), 0 if the head is deterministic."""
         mu = self.squash(self.norm(self.fc(h)))
         if self.log_std is None:
             return mu, 0.0
@@ -303,10 +298,7 @@ class Head(nn.Module):
 
 
 class Encoder(nn.Module):
-    """obs (B, K * C, H, W) in [0, 1] -> convs -> h (B, F) -> head -> z (B, D).
-
-    Actor and critic share the convs; each has a head of its own.
-    """
+    """obs (B, K * C, H, W) in [0, 1] -> convs, shared with the actor -> h (B, F) -> z (B, D)."""
 
     def __init__(self, obs_shape, args, stochastic):
         super().__init__()
@@ -340,7 +332,7 @@ class Decoder(nn.Sequential):
         layers = [nn.Linear(z_dim, n * sizes[-1] ** 2), nn.ReLU()]
         layers += [nn.Unflatten(1, (n, sizes[-1], sizes[-1]))]
         for i, stride in reversed(list(enumerate(args.conv_strides))):
-            missing = sizes[i] - (sizes[i + 1] - 1) * stride - 3  # what the conv's stride cut off
+            missing = sizes[i] - (sizes[i + 1] - 1) * stride - 3  # what the conv never reached
             out = n if i else obs_shape[0]
             layers += [nn.ConvTranspose2d(n, out, 3, stride, output_padding=missing), nn.ReLU()]
         super().__init__(*layers[:-1])
@@ -351,7 +343,7 @@ class Actor(nn.Module):
 
     def __init__(self, encoder, action_dim, args):
         super().__init__()
-        self.head = copy.deepcopy(encoder.head)  # the same layers; weight_init draws other weights
+        self.head = copy.deepcopy(encoder.head)  # the same layers; Agent draws other weights
         self.trunk = mlp(encoder.z_dim, args.hidden_dim, 2 * action_dim)
 
     def forward(self, h):
@@ -378,7 +370,7 @@ def minimize(loss, *optimizers):
     for optimizer in optimizers:
         optimizer.zero_grad()
     parameters = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-    with torch.autocast(loss.device.type, enabled=False):  # backward keeps forward's types
+    with torch.autocast(loss.device.type, enabled=False):  # the types are those of the forward pass
         loss.backward(inputs=parameters)
     for optimizer in optimizers:
         optimizer.step()
@@ -392,10 +384,8 @@ def soft_update(net, target, tau):
 
 
 # ---- Agent -------------------------------------------------------------------------------------
-
-
 class Cadence(NamedTuple):
-    """What an update moves besides the critic."""
+    """Which parts this update moves besides the critic."""
 
     actor: bool
     decoder: bool
@@ -403,9 +393,9 @@ class Cadence(NamedTuple):
 
 
 class Agent(nn.Module):
-    """SAC+GAARA. Read update() first: it is the algorithm; each loss is a method."""
+    """Read update() first: it is the algorithm. Each loss is a method."""
 
-    updates = 0  # made so far; the training loop counts them
+    updates = 0  # made before this one; the training loop sets it
 
     def __init__(self, args, spec):
         super().__init__()
@@ -424,15 +414,14 @@ class Agent(nn.Module):
         self.apply(weight_init).to(args.device, memory_format=torch.channels_last)
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
-        W = torch.rand(args.latent_dim, args.latent_dim, device=args.device)  # InfoNCE's
-        self.similarity = nn.Parameter(W) if args.contrast == "infonce" else None
+        uniform = torch.rand(args.latent_dim, args.latent_dim, device=args.device)
+        self.similarity = nn.Parameter(uniform) if args.contrast == "infonce" else None  # W
 
         # Who trains what: each loss has its own optimizers, and a loss moves their parameters and
         # nothing else. Each loss that trains the encoder has Adam moments of its own, as published.
         adam = functools.partial(torch.optim.Adam, fused=True)
         encoder = list(self.encoder.parameters())
-        trains_similarity = args.contrast == "infonce" and args.train_similarity
-        contrasted = [*encoder, self.similarity] if trains_similarity else encoder
+        W = [self.similarity] if args.contrast == "infonce" and args.train_similarity else []
         joint = args.contrast_step == "joint"
         seen_by_critic = [] if args.freeze_encoder else encoder  # D5
         moved_by_actor = self.encoder.convs.parameters() if args.actor_trains_encoder else []  # D1
@@ -442,12 +431,12 @@ class Agent(nn.Module):
             "alpha": adam([self.log_alpha], args.alpha_lr, (args.alpha_beta1, 0.999)),
         }
         if self.decoder is not None:
-            decay = args.decoder_weight_decay  # Adam's, which adds it to the gradient; not AdamW's
+            decay = args.decoder_weight_decay  # L2, added to the gradient; not AdamW's decay
             decoder = self.decoder.parameters()
-            self.optimizers["encoder"] = adam(contrasted if joint else encoder, args.encoder_lr)
+            self.optimizers["encoder"] = adam(encoder + W if joint else encoder, args.encoder_lr)
             self.optimizers["decoder"] = adam(decoder, args.decoder_lr, weight_decay=decay)
         if args.contrast != "none" and not joint:
-            self.optimizers["contrastive"] = adam(contrasted, args.encoder_lr)
+            self.optimizers["contrastive"] = adam(encoder + W, args.encoder_lr)
 
     def critic_loss(self, obs, action, reward, discount, next_obs):
         """Squared TD error of both Qs; obs in [0, 1], action (B, A), reward, discount (B, 1)."""
@@ -458,13 +447,13 @@ class Agent(nn.Module):
             target = reward + self.args.gamma * discount * value  # D3
         z = self.encoder(obs)  # (B, D)
         if self.args.freeze_encoder:
-            z = z.detach()  # only reconstruction trains the encoder
+            z = z.detach()  # only the other losses train the encoder
         q1, q2 = self.critic(z, action)  # (B, 1)
         return F.mse_loss(q1, target) + F.mse_loss(q2, target)  # [SAC+AE J(Q)]
 
     def actor_loss(self, h):
-        """From conv features (B, F). Also gives log pi (B, 1), which alpha_loss needs. Q and its
-        head are only read: the step on this loss moves the actor alone."""
+        """The loss from conv features (B, F), and log pi (B, 1), which alpha_loss needs. Q and its
+        head are only read: minimize() moves the actor."""
         action, log_prob = tanh_gaussian(*self.actor(h))
         q = torch.min(*self.critic(self.encoder.head(h), action))
         alpha = self.log_alpha.exp().detach()  # alpha has a loss of its own
@@ -507,13 +496,12 @@ class Agent(nn.Module):
 
     def annealed_weight(self):
         """Weight of the contrastive loss at this update."""
-        args = self.args
-        floor = min(args.contrast_floor, args.contrast_weight)
-        return max(floor, args.contrast_weight - args.contrast_decay * self.updates)  # D9
+        floor = min(self.args.contrast_floor, self.args.contrast_weight)
+        return max(floor, self.args.contrast_weight - self.args.contrast_decay * self.updates)  # D9
 
     def cadence(self):
-        """What this update moves. The first burst of updates moves everything every time, as in
-        the authors' code, which counts steps of the environment, and stands at 1000 meanwhile."""
+        """What this update moves. In the first burst that is everything, as in the authors' code:
+        it asks for the number of the environment's step, which is 1000 during the burst."""
         since = self.updates - self.args.pretrain_updates + 1
 
         def due(every):
@@ -537,18 +525,19 @@ class Agent(nn.Module):
         return batch
 
     def update(self, batch):
-        """One update from a batch of sample(); metrics as 0-d tensors.
+        """One update from a batch of sample(); gives metrics as 0-d tensors.
 
-        On CUDA the update is recorded once for each cadence and then replayed, so that a Python
-        number in it stays what it was when it was recorded. A number that changes from update to
-        update must be a tensor of the batch, or a field of cadence() that takes few values.
+        On CUDA the update is recorded once for each cadence and then replayed. The recording
+        freezes every Python number. A number that changes from update to update must be a tensor
+        of the batch, or a field of cadence() that takes few values.
         """
         args, optimizers = self.args, self.optimizers
         due = self.cadence()
         obs = preprocess(batch["obs"])  # (B, K * C, H, W)
         next_obs = preprocess(batch["next_obs"])
-        transition = obs, batch["action"], batch["reward"], batch["discount"], next_obs
-        critic_loss = self.critic_loss(*transition)
+        critic_loss = self.critic_loss(
+            obs, batch["action"], batch["reward"], batch["discount"], next_obs
+        )
         minimize(critic_loss, optimizers["critic"])
         metrics = {"loss/critic": critic_loss}
 
@@ -561,7 +550,7 @@ class Agent(nn.Module):
             minimize(alpha_loss, optimizers["alpha"])
             metrics |= {"loss/actor": actor_loss, "loss/alpha": alpha_loss}
             metrics |= {"stat/entropy": -log_prob.mean(), "stat/alpha": self.log_alpha.exp()}
-            if args.actor_trains_encoder:
+            if args.actor_trains_encoder and due.decoder:
                 h = self.encoder.convs(obs)  # the convs have moved
         if due.target:
             soft_update(self.critic, self.target_critic, args.critic_tau)
@@ -578,9 +567,7 @@ class Agent(nn.Module):
             minimize(loss, optimizers["encoder"], optimizers["decoder"])
             metrics["loss/reconstruction"] = reconstruction_loss
         if "contrastive" in optimizers:  # D12
-            if due.decoder or h is None:
-                h = self.encoder.convs(obs)  # the convs have moved, or there is no h yet
-            z_a = self.encoder.head(h)  # (B, D)
+            z_a = self.encoder(obs)  # (B, D); not from h, as the convs may have moved
             z_p = self.encode_positive(batch["positive"])
             contrastive_loss = self.contrastive_loss(z_a, z_p)
             loss = contrastive_loss
@@ -594,50 +581,54 @@ class Agent(nn.Module):
             metrics["stat/contrast_weight"] = batch["weight"]
         return {name: value.detach() for name, value in metrics.items()}
 
-    @torch.no_grad()  # acting learns nothing
-    def act(self, step, carry, explore):
+    @torch.no_grad()  # acting needs no gradient
+    def act(self, step, carry, explore=False):
         """Action (A,) for a Step, and the next carry: the images of the stack, or None before an
         episode's first step."""
         obs = torch.as_tensor(step.obs, device=self.args.device)[None]
-        if carry is None:
-            stack = torch.cat([obs] * self.args.frame_stack, 1)  # (1, K * C, H, W)
-        else:
-            stack = torch.cat([carry[:, obs.shape[1] :], obs], 1)  # the newest image comes last
-        centre = crop(stack, self.args.crop_size)
-        mu, log_std = self.actor(self.encoder.convs(preprocess(centre)))
+        obs = crop(obs, self.args.crop_size)
+        images = [obs] * self.args.frame_stack if carry is None else [carry[:, obs.shape[1] :], obs]
+        stack = torch.cat(images, 1)  # (1, K * C, H, W), the newest image last
+        mu, log_std = self.actor(self.encoder.convs(preprocess(stack)))
         action = tanh_gaussian(mu, log_std)[0] if explore else torch.tanh(mu)
         return action[0], stack
 
-    @torch.no_grad()  # for the eye
+    @torch.no_grad()  # only to be looked at
     def images(self, buffer, rng):
         """{name: uint8 (H, W, 3)}: newest images of eight stacks: obs, positive, reconstruction."""
         if self.decoder is None:
             return {}
         batch = self.sample(buffer, rng)
-        output = self.decoder(self.encoder(preprocess(batch["obs"][:8])))
-        rows = [batch["obs"], ((output + 0.5) * 255).clamp(0, 255).to(torch.uint8)]
+        obs = batch["obs"][:8]
+        output = self.decoder(self.encoder(preprocess(obs)))
+        rows = [obs, ((output + 0.5) * 255).clamp(0, 255).to(torch.uint8)]
         if "positive" in batch:
-            rows.insert(1, batch["positive"])
-        grid = torch.cat([row[:8, -3:] for row in rows], 2)  # (8, 3, rows * H, W)
+            rows.insert(1, batch["positive"][:8])
+        grid = torch.cat([row[:, -3:] for row in rows], 2)  # (8, 3, rows * H, W)
         return {"reconstruction": grid.permute(2, 0, 3, 1).flatten(1, 2).cpu().numpy()}
 
 
 # ---- environment (from here on, every script has the same text) ----------------------------------
-
-
 class UsageError(ValueError):
-    """Bad usage: names the flag, or the variable, and says what to do; exit status 2."""
+    """Bad usage. The message names the flag, or the variable, and says what to do."""
 
     def __init__(self, name, remedy):
         super().__init__(f"{name if name.isupper() else '--' + name.replace('_', '-')}: {remedy}")
 
 
-def stream(seed, purpose, counter):
-    """Random numbers by key: a fresh NumPy generator, from which PyTorch is seeded, too.
+@contextlib.contextmanager
+def refuse_on(errors, name, remedy):
+    """Turns such errors into a UsageError of one line, which gives their reason in brackets."""
+    try:
+        yield
+    except errors as e:
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise UsageError(name, f"{remedy} ({reason})") from e
 
-    No random state is ever saved. A resumed run comes to the same counters and so draws the same
-    numbers; an evaluation has keys of its own and disturbs nothing.
-    """
+
+def stream(seed, purpose, counter):
+    """Random numbers by key: a fresh NumPy generator, from which PyTorch is seeded, too. No random
+    state is ever saved: a resumed run draws the same numbers at the same counters."""
     rng = np.random.default_rng([seed, *purpose.encode(), counter])
     torch.manual_seed(int(rng.integers(2**63)))
     return rng
@@ -662,25 +653,25 @@ class Step(NamedTuple):
 
 def load_task(env_id, random):
     """The dm_control environment of a task; `random` is its np.random.RandomState."""
-    from dm_control import suite  # not at the top: check_args() says first if OpenGL is missing
+    from dm_control import suite  # not at the top, so that check_args() sees a missing OpenGL first
 
     tasks = ["-".join(task) for task in suite.ALL_TASKS]
     if env_id not in tasks:
         near = difflib.get_close_matches(env_id, tasks, 3, 0.4) or tasks
         raise UsageError("env_id", f"the suite has no {env_id!r}, but {', '.join(near)}")
-    limit = {"time_limit": 30.0} if env_id.startswith("lqr") else {}  # the only one without an end
+    limit = {"time_limit": 30.0} if env_id.startswith("lqr") else {}  # it has no time limit
     return suite.load(*env_id.split("-", 1), {"random": random, **limit})
 
 
 class PixelEnv:
     """A task with action repeat and a camera; actions are (A,) in [-1, 1]. --render exact gives the
-    pixels of physics.render; fast, without shadows and smooth edges, 40 times as many on a CPU."""
+    pixels of physics.render; fast drops shadows and smooth edges, 40 times as fast on a CPU."""
 
     def __init__(self, args, pixels=True, largest_image=0):
         self.args = args
         self.pixels = pixels and args.obs != "state"
         self.largest_image = max(args.image_size, largest_image)
-        self.random = np.random.RandomState()  # reset() seeds it
+        self.random = np.random.RandomState(args.seed)  # reset() seeds it anew
         self.env = load_task(args.env_id, self.random)
         self.model = None
         bounds = self.env.action_spec()
@@ -696,7 +687,8 @@ class PixelEnv:
         time_step = self.env.reset()
         model = self.env.physics.model
         if model.ptr is not self.model:  # some environments build a new one each time
-            self.model, self.cameras = model.ptr, {}
+            self.model = model.ptr
+            self.cameras = {}
             model.vis.global_.offwidth = model.vis.global_.offheight = self.largest_image
             if self.args.render == "fast":
                 model.vis.quality.offsamples = 0
@@ -705,7 +697,7 @@ class PixelEnv:
         return self.observe(time_step, np.zeros(len(self.low)), 0.0, 0)
 
     def step(self, action):
-        """Next Step; the action (A,) is repeated until the episode ends at most."""
+        """Next Step. Holds the action (A,) for action_repeat frames, or until the episode ends."""
         control = self.low + (np.float64(action) + 1) / 2 * (self.high - self.low)
         time_steps = [self.env.step(control)]
         while len(time_steps) < self.args.action_repeat and not time_steps[-1].last():
@@ -725,73 +717,63 @@ class PixelEnv:
         """Image (size, size, 3) uint8."""
         from dm_control.mujoco.engine import Camera
 
-        if size not in self.cameras:  # kept, as making one takes longer than an image
+        if size not in self.cameras:  # making one takes longer than an image
             camera_id = 2 if self.args.env_id.startswith("quadruped") else 0
             self.cameras[size] = Camera(self.env.physics, size, size, camera_id)
         fast = {"shadow": False, "reflection": False} if self.args.render == "fast" else {}
-        return self.cameras[size].render(render_flag_overrides=fast).copy()  # it draws there again
+        return self.cameras[size].render(render_flag_overrides=fast).copy()  # its array is reused
 
 
 # ---- replay buffer -----------------------------------------------------------------------------
-
-
 def upload(values, device):
     """Array, number or tensor as a tensor on `device`; to CUDA without waiting for the GPU."""
     tensor = torch.as_tensor(values)
-    if not device.startswith("cuda"):
-        return tensor.to(device)
-    return (tensor.pin_memory() if tensor.is_cpu else tensor).to(device, non_blocking=True)
+    pinned = tensor.is_cpu and device.startswith("cuda")
+    return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=pinned)
 
 
 class ReplayBuffer:
-    """Rows in memory-mapped files, appended and never overwritten: a process that dies leaves them
-    as they are, and a resumed one has nothing to load. On a GPU there is a copy of them.
+    """Rows in memory-mapped files. What a checkpoint counts is never written again, so that a run
+    can go on after a process died. A GPU has a copy of the rows.
 
-    Row t holds image t, the action that led to it (zeros at an episode's start), the reward and
-    the discount on arriving. A transition is rows t and t + 1. Stacks of images are made when they
-    are sampled. Samples reach `capacity` rows back, and never across episodes.
-    """
+    Row t holds image t, the action that led to it (zeros at an episode's start), the reward and the
+    discount on arriving. A transition is rows t and t + 1 of one episode. Samples reach `capacity`
+    rows back. Stacks of images are made when they are sampled."""
 
     def __init__(self, folder, rows, args, spec):
         self.folder = Path(folder)
         self.capacity = args.replay_capacity
         self.device = args.device
         self.row = 0
-        image = len(spec.obs_shape) == 3
-        self.types = {  # of a row; start is the row at which the row's episode starts
-            "obs": np.dtype((np.uint8 if image else np.float32, spec.obs_shape)),
-            "action": np.dtype((np.float32, (spec.action_dim,))),
-            "reward": np.dtype((np.float32, (1,))),
-            "discount": np.dtype((np.float32, (1,))),
-            "state": np.dtype((np.float32, (spec.state_dim,))),
-            "start": np.dtype(np.int64),
-        }
+        pixel = np.uint8 if len(spec.obs_shape) == 3 else np.float32
+        floats = {"action": spec.action_dim, "reward": 1, "discount": 1, "state": spec.state_dim}
+        self.types = {name: np.dtype((np.float32, (size,))) for name, size in floats.items()}
+        self.types["obs"] = np.dtype((pixel, spec.obs_shape))
+        self.types["start"] = np.dtype(np.int64)  # the row at which the row's episode starts
         self.grow(rows)
 
     def grow(self, rows):
-        """Takes room for so many rows at once, so that a disk that is too small is noticed now."""
+        """Reserves room for so many rows, so that a disk that is too small is noticed now."""
         self.rows = rows
         self.folder.mkdir(exist_ok=True)
         self.files = {}
         for name, dtype in self.types.items():
-            path = self.folder / name
-            with open(path, "ab") as file:
+            with open(self.folder / name, "ab") as file:
                 if hasattr(os, "posix_fallocate"):  # not on macOS
                     os.posix_fallocate(file.fileno(), 0, rows * dtype.itemsize)
-            self.files[name] = np.memmap(path, dtype, "r+", shape=(rows,))
+            self.files[name] = np.memmap(self.folder / name, dtype, "r+", shape=(rows,))
         self.columns = {k: torch.from_numpy(v).to(self.device) for k, v in self.files.items()}
 
     def add(self, step):
         """Appends a Step."""
-        if self.row == self.rows:  # episodes were shorter than expected: there are more starts
+        if self.row == self.rows:  # short episodes add more starts than expected
             self.grow(self.rows + self.rows // 4 + 1)
-        row = self.row
-        start = row if step.first else self.files["start"][row - 1]
-        for name, value in {**step._asdict(), "start": start}.items():
-            if name in self.files:
-                self.files[name][row] = value
-                if self.device != "cpu":
-                    self.columns[name][row] = upload(self.files[name][row], self.device)
+        values = step._asdict()
+        values["start"] = self.row if step.first else self.files["start"][self.row - 1]
+        for name, file in self.files.items():
+            file[self.row] = values[name]
+            if self.device != "cpu":
+                self.columns[name][self.row] = upload(file[self.row], self.device)
         self.row += 1
 
     def draw(self, rng, count, length, same_episode_tail):
@@ -832,20 +814,22 @@ class ReplayBuffer:
 
 
 # ---- evaluation --------------------------------------------------------------------------------
-
 VIDEO_SIZE = 256  # side of a film's images [pixels]
 
 
-def evaluate(act, env, seed, episodes, stop, film=False):
+def evaluate(act, env, episodes, stop, film=False):
     """Plays episodes, the same ones each time, with act(step, carry) -> action, carry. Gives their
-    returns (episodes,) and the images of the first, if it is filmed; None if a signal came.  D4"""
-    returns, images, number = [], [], 0
-    while len(returns) < episodes:
-        if stop.signal:
-            return None
-        rng = stream(seed, "evaluate", number)
+    returns (episodes,) and the images of the first, if it is filmed. A signal cuts it short.  D4"""
+    returns = []
+    number = 0
+    while len(returns) < episodes and not stop.signal:
+        if not returns:
+            images = []
+        rng = stream(env.args.seed, "evaluate", number)
         number += 1
-        step, carry, total = env.reset(rng.integers(2**32)), None, 0.0
+        step = env.reset(rng.integers(2**32))
+        carry = None
+        total = 0.0
         try:
             while not step.last:
                 if film and not returns:
@@ -860,15 +844,13 @@ def evaluate(act, env, seed, episodes, stop, film=False):
 
 
 # ---- logs and checkpoints ----------------------------------------------------------------------
-
-
 def finite(metrics, updates):
-    """Metrics as floats. Ends a run that becomes NaN or infinite, before a checkpoint is."""
+    """Metrics as floats. Ends a run that becomes NaN or infinite, before it is saved."""
     metrics = {name: float(value) for name, value in metrics.items()}
     for name, value in metrics.items():
         if not math.isfinite(value):
-            text = f"{name} is {value} after {updates} updates, which are not saved"
-            raise FloatingPointError(f"{text}; smaller learning rates may help")
+            text = f"{name} is {value} after {updates} updates; what came after the last checkpoint"
+            raise FloatingPointError(f"{text} is lost. Smaller learning rates may help")
     return metrics
 
 
@@ -903,7 +885,8 @@ class Logger:
         self.bar.update(progress.updates - self.bar.n)
 
     def log(self, row):
-        """Adds {name: number}, the counters and the last update's metrics as a row."""
+        """Adds a row: {name: number}, the counters, and the last value of each metric."""
+        self.tick()
         progress = self.progress
         progress.metrics = finite(progress.metrics, progress.updates)
         counters = {"frames": progress.frames, "steps": progress.step, "updates": progress.updates}
@@ -933,15 +916,15 @@ class Logger:
 def save_checkpoint(run_dir, args, agent, buffer, progress):
     """Writes checkpoint.pt, whole or not at all."""
     weights = sum(tensor.sum() for tensor in agent.state_dict().values())
-    finite({"the sum of all weights": weights}, progress.updates)
+    progress.row = buffer.row
     progress.metrics = finite(progress.metrics, progress.updates)
+    finite({"the sum of all weights": weights}, progress.updates)
     for file in buffer.files.values():
         file.flush()  # so that the rows outlast a failure of the machine, too
     payload = {"args": vars(args), "spec": tuple(agent.spec), "progress": vars(progress)}
-    payload["row"] = buffer.row
     payload["agent"] = agent.state_dict()
     payload["optimizers"] = {name: o.state_dict() for name, o in agent.optimizers.items()}
-    torch.save(payload, data := io.BytesIO())  # not to the file: a full disk raises OSError so
+    torch.save(payload, data := io.BytesIO())  # first into memory: PyTorch hides a full disk
     with open(run_dir / "checkpoint.part", "wb") as file:
         file.write(data.getbuffer())
         file.flush()
@@ -953,15 +936,13 @@ def read_checkpoint(path, flag):
     """Args and payload of a checkpoint or of a run's folder. Code in the file never runs."""
     path = Path(path).expanduser()
     path = path / "checkpoint.pt" if path.is_dir() else path
-    try:
+    with refuse_on(Exception, flag, f"{path} is no checkpoint of this script"):
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # checks every CRC
                 raise ValueError(f"{damaged} is damaged")
         payload = torch.load(path, map_location="cpu", weights_only=True)
-        return Args(**payload["args"]), payload
-    except Exception as e:  # whatever a damaged or foreign file makes them raise
-        why = (str(e) or type(e).__name__).splitlines()[0]
-        raise UsageError(flag, f"{path} is no checkpoint of this script ({why})") from e
+        payload["run_dir"] = path.parent
+        return Args(**payload["args"] | {"resume": "", "evaluate": ""}), payload
 
 
 def restore_agent(args, payload):
@@ -974,39 +955,31 @@ def restore_agent(args, payload):
 
 
 def load_agent(path, device="cpu"):
-    """The trained agent of a run's folder, for code of your own:
-
-    agent = load_agent("runs/..."); env = PixelEnv(agent.args); step = env.reset(seed=0)
-    action, carry = agent.act(step, None, explore=False); step = env.step(action.cpu().numpy())
-    """
+    """The trained agent of a run's folder, for code of your own. After env = PixelEnv(agent.args)
+    and step = env.reset(seed=0), agent.act(step, carry=None, explore=False) gives an action."""
     args, payload = read_checkpoint(path, "evaluate")
     return restore_agent(dataclasses.replace(args, device=device), payload)
 
 
 # ---- CUDA graphs (a reader can skip them) --------------------------------------------------------
-
-
 def record(agent, name, cadence=tuple):
-    """Replaces an agent's method by one that records what the method launches on the GPU, and from
-    then on launches it all at once, on inputs at fixed places.
-
-    There is a recording for each form of the inputs (nested tensors, arrays, numbers, None), each
-    value of the bools among them, the options and cadence(). Whatever else the method reads or
-    changes must lie on the GPU.
-    """
+    """Wraps a method of the agent in CUDA graphs. For each combination of the inputs' shapes, the
+    bools and None among them, the options and cadence(), the method runs three times as it is, is
+    then recorded, and from then on replayed on copies of the inputs. Whatever else it reads or
+    changes must lie on the GPU."""
     method = getattr(agent, name)
-    calls, graphs, side_stream = {}, {}, torch.cuda.Stream()
-
-    def place(value):
-        fixed = value is None or isinstance(value, bool)
-        return value if fixed else upload(value, agent.args.device)
+    device = agent.args.device
+    side_stream = torch.cuda.Stream()
+    calls = {}
+    graphs = {}
 
     def launch(*inputs, **options):
-        inputs = tree_map(place, inputs)
+        fixed = (bool, type(None))
+        inputs = tree_map(lambda x: x if isinstance(x, fixed) else upload(x, device), inputs)
         shapes = tree_map_only(torch.Tensor, lambda tensor: tensor.shape, inputs)
         key = str((shapes, options, cadence()))
         calls[key] = calls.get(key, 0) + 1
-        if calls[key] <= 3:  # the first calls choose algorithms and make Adam's moments
+        if calls[key] <= 3:  # in these, algorithms are chosen and Adam makes its moments
             now = torch.cuda.current_stream()
             side_stream.wait_stream(now)
             with torch.cuda.stream(side_stream):
@@ -1019,7 +992,7 @@ def record(agent, name, cadence=tuple):
             graph = torch.cuda.CUDAGraph()
             for group in groups:
                 group["capturable"] = True
-            with torch.cuda.graph(graph):  # launches nothing
+            with torch.cuda.graph(graph):  # records and does not run
                 outputs = method(*places, **options)
             for group in groups:
                 group["capturable"] = False
@@ -1036,8 +1009,6 @@ def record(agent, name, cadence=tuple):
 
 
 # ---- training loop -----------------------------------------------------------------------------
-
-
 def autocast(args):
     """What updates run in: with --precision bf16, convs and matrix products in bfloat16. Converted
     weights are not cached, as they change in the middle of an update."""
@@ -1046,7 +1017,7 @@ def autocast(args):
 
 
 def updates_due(args, step):
-    """How many updates there should have been when this step is taken."""
+    """Number of updates that are made by the time this step is taken."""
     since = step - args.warmup_steps
     return args.pretrain_updates + int(args.updates_per_step * since) if since >= 0 else 0
 
@@ -1059,10 +1030,10 @@ class Stop:
 
     def __enter__(self):
         self.handlers = {}
-        if threading.current_thread() is threading.main_thread():  # only there signals are caught
-            for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-                number = getattr(signal, name, None)  # Windows lacks two of them
-                if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)  # Windows lacks two of them
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
+                with contextlib.suppress(ValueError):  # a thread cannot catch signals
                     self.handlers[number] = signal.signal(number, self)
         return self
 
@@ -1070,7 +1041,8 @@ class Stop:
         self.signal = number
         for other in self.handlers:
             signal.signal(other, signal.SIG_DFL)
-        print("\nstopping soon, with a checkpoint; once more to stop at once", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print("\nstopping soon with a checkpoint; again: at once", file=sys.stderr, flush=True)
 
     def __exit__(self, *_):
         for number, handler in self.handlers.items():
@@ -1079,29 +1051,29 @@ class Stop:
 
 def train(args, run_dir, stop, payload=None):
     """Plays whole episodes and makes the updates that are due at each step; it knows nothing of
-    the algorithm. Evaluations and checkpoints come between episodes, where nothing is in flight.
-    Gives the Progress."""
+    the algorithm. Evaluations and checkpoints come between episodes. Gives the progress."""
     env = PixelEnv(args)
     eval_env = PixelEnv(args, largest_image=VIDEO_SIZE * args.video)
     total_steps = math.ceil(args.total_frames / args.action_repeat)
+    every = args.eval_every_frames
     if payload:
         agent = restore_agent(args, payload)
         progress = SimpleNamespace(**payload["progress"])
     else:
         stream(args.seed, "weights", 0)
         agent = Agent(args, env.spec)
-        counters = dict.fromkeys(["step", "frames", "episode", "updates", "evaluated"], 0)
-        progress = SimpleNamespace(**counters, wall_s=0.0, eval_return=None, metrics={}, rows=[])
+        zeros = ["step", "frames", "episode", "updates", "evaluated", "row"]
+        progress = SimpleNamespace(**dict.fromkeys(zeros, 0), wall_s=0.0, saved_wall_s=0.0)
+        vars(progress).update(random_return=None, eval_return=None, metrics={}, rows=[])
     rows = total_steps + args.total_frames // 1000 + 1000  # with starts, and the last episode
-    try:
+    rows = max(rows, progress.row + 1)
+    with refuse_on(OSError, "runs_dir", f"no room for {rows:,} rows of the replay buffer"):
         buffer = ReplayBuffer(run_dir / "replay", rows, args, env.spec)
-    except OSError as e:
-        raise UsageError("runs_dir", f"no room for {rows:,} rows of the replay buffer ({e})") from e
-    buffer.row = payload["row"] if payload else 0
+    buffer.row = progress.row
     if args.cuda_graph and args.device.startswith("cuda"):
         record(agent, "update", agent.cadence)
         record(agent, "act")
-    saved = time.monotonic()
+    logger = Logger(args, run_dir, progress, updates_due(args, total_steps - 1))
 
     def random_policy(step, carry):
         return 2 * torch.rand(env.spec.action_dim) - 1, None
@@ -1114,77 +1086,71 @@ def train(args, run_dir, stop, payload=None):
         progress.updates += 1
 
     def save(minutes=0.0):
-        nonlocal saved
-        if time.monotonic() - saved >= 60 * minutes:
+        if progress.wall_s - progress.saved_wall_s >= 60 * minutes:
+            progress.saved_wall_s = progress.wall_s
             save_checkpoint(run_dir, args, agent, buffer, progress)
-            saved = time.monotonic()
 
-    if not payload:
-        returns, _ = evaluate(random_policy, PixelEnv(args, pixels=False), args.seed, 10, Stop())
-        progress.random_return = returns.mean().item()
-        print(f"random policy: {returns.mean():.1f} +- {returns.std():.1f} over 10 episodes")
-        save()
-    logger = Logger(args, run_dir, progress, updates_due(args, total_steps))
-    while not stop.signal:
+    while not stop.signal:  # each turn makes one evaluation, one update or one episode
         finished = progress.frames >= args.total_frames
-        evaluations = progress.frames // args.eval_every_frames
-        missed = evaluations > progress.evaluated // args.eval_every_frames
-        if missed or (finished and progress.evaluated < progress.frames):
-            policy = functools.partial(agent.act, explore=False)
-            result = evaluate(policy, eval_env, args.seed, args.eval_episodes, stop, args.video)
-            if result is None:
+        missed = progress.frames // every > progress.evaluated // every
+        if progress.random_return is None:
+            returns, _ = evaluate(random_policy, PixelEnv(args, pixels=False), 10, stop)
+            if stop.signal:
+                break
+            progress.random_return = returns.mean().item()
+            tqdm.write(f"random policy: {progress.random_return:.1f} over 10 episodes")
+            save()
+        elif missed or (finished and progress.evaluated < progress.frames):
+            returns, video = evaluate(agent.act, eval_env, args.eval_episodes, stop, args.video)
+            if stop.signal:
                 break  # the resumed run evaluates again
-            returns, video = result
             progress.evaluated = progress.frames
-            mean, std = returns.mean().item(), returns.std().item()
-            tqdm.write(f"{progress.frames:,} frames: evaluation {mean:.1f} +- {std:.1f}")
+            mean = returns.mean().item()
+            std = returns.std().item()
             progress.eval_return = mean
+            tqdm.write(f"{progress.frames:,} frames: evaluation {mean:.1f} +- {std:.1f}")
             logger.log({"eval/return": mean, "eval/return_std": std})
             rng = stream(args.seed, "images", progress.frames)
             logger.show(agent.images(buffer, rng), video, env.fps)
-        if finished:
+        elif finished:
             break
-
-        # what is due before the first action: a long burst can be saved and stopped at any update
-        while progress.updates < updates_due(args, progress.step) and not stop.signal:
+        elif progress.updates < updates_due(args, progress.step):  # a burst
             update()
             logger.tick()
             if progress.updates % 1000 == 0:
                 logger.log({})
             save(args.checkpoint_every_minutes)
-        if stop.signal:
-            break
-
-        warm = progress.step >= args.warmup_steps
-        first_row = buffer.row
-        episode_return, carry = 0.0, None
-        rng = stream(args.seed, "episode", progress.episode)
-        try:
-            step = env.reset(rng.integers(2**32))
-            buffer.add(step)
-            while not step.last:
-                stream(args.seed, "act", progress.step)
-                act = functools.partial(agent.act, explore=True) if warm else random_policy
-                action, carry = act(step, carry)
-                due = updates_due(args, progress.step) if warm else 0
-                most = progress.updates + math.ceil(args.updates_per_step)
-                while progress.updates < min(due, most):  # more would wait for the next episode
-                    update()
-                action = action.cpu().numpy()
-                finite({"the action": action.sum()}, progress.updates)
-                progress.step += 1
-                step = env.step(action)
+        else:
+            warm = progress.step >= args.warmup_steps
+            act = functools.partial(agent.act, explore=True) if warm else random_policy
+            first_row = buffer.row
+            episode_return = 0.0
+            rng = stream(args.seed, "episode", progress.episode)
+            try:
+                step = env.reset(rng.integers(2**32))
+                carry = None
                 buffer.add(step)
-                progress.frames += step.frames
-                episode_return += step.reward
-                logger.tick()
-            logger.log({"train/return": episode_return})
-        except control.PhysicsError as e:
-            tqdm.write(f"warning: episode {progress.episode} is discarded: {e}")
-            progress.frames += args.action_repeat  # a task that always fails ends, too
-            buffer.row = first_row
-        progress.episode += 1
-        save(args.checkpoint_every_minutes)
+                while not step.last:
+                    stream(args.seed, "act", progress.step)
+                    action, carry = act(step, carry)
+                    for _ in range(math.ceil(args.updates_per_step)):  # the rest waits for its end
+                        if warm and progress.updates < updates_due(args, progress.step):
+                            update()
+                    action = action.cpu().numpy()
+                    finite({"the action": action.sum()}, progress.updates)
+                    step = env.step(action)
+                    progress.step += 1
+                    progress.frames += step.frames
+                    buffer.add(step)
+                    episode_return += step.reward
+                    logger.tick()
+                logger.log({"train/return": episode_return})
+            except control.PhysicsError as e:
+                tqdm.write(f"warning: episode {progress.episode} is discarded: {e}")
+                progress.frames += args.action_repeat  # so that a run of failures ends
+                buffer.row = first_row
+            progress.episode += 1
+            save(args.checkpoint_every_minutes)
     save()
     logger.bar.close()
     logger.writer.close()
@@ -1192,43 +1158,50 @@ def train(args, run_dir, stop, payload=None):
 
 
 # ---- main --------------------------------------------------------------------------------------
-
-MAY_CHANGE = {
-    "resume": {"resume", "smoke", "total_frames", "device", "video", "track", "runs_dir",
-               "precision", "cuda_graph", "delete_replay", "eval_every_frames", "eval_episodes",
-               "checkpoint_every_minutes"},
-    "evaluate": {"evaluate", "smoke", "seed", "eval_episodes", "device", "video", "runs_dir"},
+MAY_CHANGE = {  # flags beside --resume and --evaluate
+    "resume": {"resume", "total_frames", "device", "video", "track", "precision", "cuda_graph",
+               "delete_replay", "eval_every_frames", "eval_episodes", "checkpoint_every_minutes"},
+    "evaluate": {"evaluate", "seed", "eval_episodes", "device", "video", "track", "runs_dir"},
 }  # fmt: skip
+SUMMARY = ["frames", "updates", "wall_s", "random_return", "eval_return"]
 
 
 def check_args(args):
-    """Refuses what cannot work, before anything is written."""
+    """Refuses what cannot work, before anything is written, and settles the device."""
     for name, value in vars(args).items():
         for number in value if isinstance(value, tuple) else [value]:
             if type(number) in (int, float):
-                allowed = 0 < number < math.inf or (number == 0 and name in MAY_BE_ZERO)
-                if not allowed or (number > 1 and name in AT_MOST_ONE):
-                    limit = " and at most 1" * (name in AT_MOST_ONE)
+                zero = number == 0 and name in MAY_BE_ZERO
+                limit = " and at most 1" * (name in AT_MOST_ONE)
+                if not (0 < number < math.inf or zero) or (limit and number > 1):
                     raise UsageError(name, f"{number} is not a finite number above zero{limit}")
+    no_wandb = not args.evaluate and not importlib.util.find_spec("wandb")
     rows = [  # flag, whether it is wrong, what to do
         *algorithm_checks(args),
         ("evaluate", args.evaluate and args.resume, "excludes --resume; drop one of them"),
-        ("replay_capacity", args.replay_capacity < 1000, "must be 1000, a long episode, at least"),
-        ("track", args.track and not importlib.util.find_spec("wandb"), "pip install wandb, first"),
+        ("replay_capacity", args.replay_capacity < 1000, "use at least 1000, a long episode"),
+        ("track", args.track and no_wandb, "needs `pip install wandb`"),
     ]
     for flag, wrong, remedy in rows:
         if wrong:
             raise UsageError(flag, remedy)
     if args.video or args.obs != "state":
-        try:
+        used = {name: os.environ[name] for name in os.environ if name.startswith("MUJOCO_")}
+        text = f"cannot render with {used}. Try MUJOCO_GL=egl, which needs a GPU driver or libegl1 "
+        text += "and libgl1-mesa-dri, or MUJOCO_GL=osmesa, which needs libosmesa6"
+        with refuse_on(Exception, "MUJOCO_GL", text):  # OpenGL can be missing in many ways
             from dm_control import _render
 
             _render.Renderer(max(args.image_size, VIDEO_SIZE), VIDEO_SIZE).free()
-        except Exception as e:  # OpenGL can be missing in many ways
-            used = {name: os.environ[name] for name in os.environ if name.startswith("MUJOCO_")}
-            text = f"cannot render with {used} ({e}). Try MUJOCO_GL=egl, which needs a GPU driver "
-            text += "or libegl1 and libgl1-mesa-dri, or MUJOCO_GL=osmesa, which needs libosmesa6"
-            raise UsageError("MUJOCO_GL", text) from e
+    if args.device == "auto":
+        args.device = str(torch.accelerator.current_accelerator() or "cpu")
+    text = f"{args.device} cannot be used; cpu, cuda, cuda:1, mps or auto might"
+    with refuse_on((RuntimeError, AssertionError), "device", text):
+        torch.zeros(1, device=args.device).item()
+    if args.device.startswith("cuda:"):
+        torch.cuda.set_device(args.device)
+    tf32 = args.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 
 
 def parse_args(words):
@@ -1237,13 +1210,13 @@ def parse_args(words):
         if re.fullmatch(r"[\d.]+e\d+", word) and float(word).is_integer():
             words[i] = str(int(float(word)))  # 1e6 is a whole number, too
     description = (__doc__ or "").partition("\n")[0]  # python -OO has no docstrings
-    default = Args(**SMOKE) if "--smoke" in words else None
-    args = tyro.cli(Args, args=words, default=default, description=description)
+    parse = functools.partial(tyro.cli, Args, args=words, description=description)
+    args = parse(default=Args(**SMOKE) if "--smoke" in words else None)
     payload = None
-    if args.resume or args.evaluate:
+    if path := args.resume or args.evaluate:
         flag = "resume" if args.resume else "evaluate"
-        was, payload = read_checkpoint(args.resume or args.evaluate, flag)
-        args = tyro.cli(Args, args=words, default=was, description=description)
+        was, payload = read_checkpoint(path, flag)
+        args = parse(default=was)
         for name, value in vars(was).items():
             if name not in MAY_CHANGE[flag] and value != getattr(args, name):
                 raise UsageError(name, f"--{flag} cannot change it, the run has {value}")
@@ -1251,109 +1224,83 @@ def parse_args(words):
     return args, payload
 
 
-def choose_device(args):
-    """Resolves --device auto, and sets the precision of float32 products."""
-    if args.device == "auto":
-        args.device = str(torch.accelerator.current_accelerator() or "cpu")
-    try:
-        torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError) as e:
-        text = f"{args.device} cannot be used; cpu, cuda, cuda:1, mps or auto might ({e})"
-        raise UsageError("device", text.splitlines()[0]) from e
-    if args.device.startswith("cuda:"):
-        torch.cuda.set_device(args.device)
-    tf32 = args.precision == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-
-
-def make_run_dir(args):
-    """A new folder with the arguments and a copy of this script, with which the run can be played
-    when the script has changed; or the folder to resume. Locked until the process ends."""
-    if args.resume:
-        run_dir = Path(args.resume).expanduser()
-        run_dir = run_dir if run_dir.is_dir() else run_dir.parent
+def make_run_dir(args, payload):
+    """The folder to resume, or a new one with the arguments and a copy of this script, which plays
+    the run when the script has changed. And its lock, which is free when nobody refers to it."""
+    if payload:
+        run_dir = payload["run_dir"]
         if not (run_dir / "replay").exists():
             raise UsageError("resume", "the run's replay buffer was deleted; start a new run")
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{stamp}"
         run_dir = Path(args.runs_dir).expanduser() / name
-        try:
+        with refuse_on(OSError, "runs_dir", f"{run_dir} cannot be made"):
             run_dir.mkdir(parents=True)
             (run_dir / "args.json").write_text(json.dumps(vars(args), indent=1))
             shutil.copy(__file__, run_dir)
-        except OSError as e:
-            raise UsageError("runs_dir", f"{run_dir} cannot be made ({e.strerror})") from e
     lock = FileLock(run_dir / "lock")
     try:
-        lock.acquire(timeout=0)
-    except Timeout as e:
-        raise UsageError("resume", f"another process is at work in {run_dir}") from e
+        with refuse_on(Timeout, "resume", f"another process is at work in {run_dir}"):
+            lock.acquire(timeout=0)
     except (OSError, NotImplementedError) as e:
         print(f"warning: {run_dir} cannot be locked ({e}); one process at a time may use it")
     return run_dir, lock
 
 
-def summary(args, progress, run_dir):
-    """The last line that is printed, and summary.json."""
-    about = {"env_id": args.env_id, "script": Path(__file__).stem, "seed": args.seed}
-    about |= {"device": args.device, "run_dir": str(run_dir)}
-    names = ("frames", "updates", "wall_s", "random_return", "eval_return")
-    numbers = json.dumps(about | {name: getattr(progress, name) for name in names})
-    print(f"summary {numbers}")
-    return numbers
-
-
 def play(args, payload):
-    """--evaluate: plays a trained agent and films its first episode."""
-    path = Path(args.evaluate).expanduser()
-    folder = path if path.is_dir() else path.parent
+    """--evaluate: plays a trained agent and films its first episode. Gives the run's progress."""
+    folder = payload["run_dir"]
     if args.runs_dir != payload["args"]["runs_dir"]:
         folder = Path(args.runs_dir).expanduser()  # of the film
     env = PixelEnv(args, largest_image=VIDEO_SIZE * args.video)
-    policy = functools.partial(restore_agent(args, payload).act, explore=False)
-    returns, video = evaluate(policy, env, args.seed, args.eval_episodes, Stop(), args.video)
+    act = restore_agent(args, payload).act
+    returns, video = evaluate(act, env, args.eval_episodes, Stop(), args.video)
     print("returns: " + " ".join(f"{r:.1f}" for r in returns))
     if args.video:
         imageio.mimsave(folder / "evaluation.gif", video, duration=1000 / env.fps, loop=0)
         print(f"video: {folder / 'evaluation.gif'}")
-    progress = SimpleNamespace(**payload["progress"])
-    progress.eval_return = returns.mean().item()
-    summary(args, progress, path)
+    return SimpleNamespace(**payload["progress"] | {"eval_return": returns.mean().item()})
 
 
 def main(words=None):
     """The command line; gives the exit status: 1 where a run failed, 2 for bad usage."""
-    run_dir, command = None, ""
+    run_dir = None
+    command = ""
     try:
         args, payload = parse_args(sys.argv[1:] if words is None else list(words))
-        choose_device(args)
         if args.evaluate:
-            play(args, payload)
-            return 0
-        run_dir, lock = make_run_dir(args)
-        command = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
-        print(f"{args.env_id}, seed {args.seed}, {args.device}, in {run_dir}", flush=True)
-        with lock, Stop() as stop:
-            progress = train(args, run_dir, stop, payload)
-        if stop.signal and progress.evaluated < args.total_frames:
-            print(f"stopped; to go on: {command}")
-            return 128 + stop.signal
-        if args.delete_replay:
-            shutil.rmtree(run_dir / "replay")
-        (run_dir / "summary.json").write_text(summary(args, progress, run_dir))
+            run_dir = payload["run_dir"]
+            progress = play(args, payload)
+        else:
+            run_dir, lock = make_run_dir(args, payload)
+            command = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
+            print(f"{args.env_id}, seed {args.seed}, {args.device}, in {run_dir}", flush=True)
+            with Stop() as stop:
+                progress = train(args, run_dir, stop, payload)
+            if stop.signal and progress.evaluated < args.total_frames:
+                print(f"stopped; to go on: {command}")
+                return 128 + stop.signal
+            if args.delete_replay:
+                shutil.rmtree(run_dir / "replay")
+        about = {"env_id": args.env_id, "script": Path(__file__).stem, "seed": args.seed}
+        about |= {"device": args.device, "run_dir": str(run_dir)}
+        numbers = json.dumps(about | {name: getattr(progress, name) for name in SUMMARY})
+        if not args.evaluate:
+            (run_dir / "summary.json").write_text(numbers)
+        print(f"summary {numbers}")
         return 0
     except UsageError as e:
-        if run_dir and not args.resume:
+        if run_dir and not payload:
             shutil.rmtree(run_dir)  # nothing is left of a run that could not begin
         print(f"error: {e}", file=sys.stderr)
         return 2
     except FloatingPointError as e:
         text = str(e)
     except OSError as e:
-        text = f"{e}; to go on: {command}"
-    except (MemoryError, RuntimeError) as e:  # on a CPU, PyTorch has no class of its own for it
-        text = f"memory: {e or 'more than there is'}; use smaller networks or batches"
+        text = f"{e}{command and '; to go on: '}{command}"
+    except (MemoryError, RuntimeError) as e:  # PyTorch's on a CPU has no class of its own
+        text = f"memory: {str(e) or 'too little'}; use smaller networks, batches or a shorter run"
         if not isinstance(e, MemoryError) and not re.search("allocate|out of memory", str(e)):
             raise
     print("error: " + text.replace("\n", " "), file=sys.stderr)

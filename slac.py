@@ -13,7 +13,7 @@ Model, https://arxiv.org/abs/1907.00953; the authors' code: https://github.com/a
     image' --> encoder --> f' -+--> q(z1' | f', z2, a) --> z1' --> p(z2' | z1', z2, a) --> z2'
                                |    z1, z2 --> decoder, reward    J(M) trains this, p(z1' | z2, a)
                                +-x-> f of 8 images, 7 actions --> actor     J(pi) trains the actor
-    z1, z2 of the last two images -x-> Q1, Q2     J(Q) trains Q1, Q2        x: no gradient
+    z1, z2 of the last two images -x-> Q1, Q2     J(Q) trains Q1, Q2        x stops the gradient
 
     python slac.py --smoke                  # learns visibly in minutes on a laptop
     python slac.py --env-id cheetah-run     # the published hyperparameters
@@ -24,7 +24,7 @@ of the actor or the critic, n images in a window (8), W windows in a sequence (T
 Units: a frame is one control step of the simulator; a step is one decision of the agent, held for
 action_repeat frames; an update is one gradient update on one batch.
 In a sequence, action[t] led to image t, and reward[t] came with it. The paper's a_t is action[t+1].
-Tags in brackets, such as [SLAC J(Q)], name the formula of a line; D1 is a difference below.
+A tag such as [SLAC J(Q)] names the formula of a line, and D1 the first difference listed here.
 
 Differences from the paper and the authors' code
 D1  The actor's loss is taken at the last image but one, as in the authors' code. The paper's
@@ -32,8 +32,8 @@ D1  The actor's loss is taken at the last image but one, as in the authors' code
 D2  The model, the critic and the actor step in turn, and the model has 32 sequences of its own.
     Theirs computes all gradients first, and the model learns from 32 of the 256 sequences.
 D3  The temperature's loss uses the action that the actor's loss has sampled. Theirs samples again.
-D4  Evaluation has an environment, a seed and random numbers of its own. Quadruped, which is not
-    among the paper's tasks, is seen by its camera 2, every other task by camera 0.
+D4  Evaluation has its own environment, seed and random numbers. Quadruped, which is not among the
+    paper's tasks, is seen by its camera 2; all other tasks are seen by camera 0.
 D5  Convs pad evenly on both sides. TensorFlow's pad more at the end; the sizes are the same.
 D6  The decoder's last layer has a leaky ReLU, as in the authors' code. The paper calls it linear.
 D7  A run begins with 10,000 frames of random actions and 50,000 updates of the model alone, as in
@@ -62,7 +62,6 @@ import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
 import zipfile
 from pathlib import Path
@@ -71,10 +70,10 @@ from typing import Literal, NamedTuple
 
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
-    with contextlib.suppress(AttributeError):  # glibc keeps large blocks: up to 1.6 times as fast
+    with contextlib.suppress(AttributeError):  # glibc keeps freed memory: up to 1.6 times as fast
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
-    with contextlib.suppress(ImportError):  # loaded after OpenGL, Triton would crash
+    with contextlib.suppress(ImportError):  # Triton crashes if it is imported after OpenGL
         importlib.import_module("triton")
 
 import imageio
@@ -89,36 +88,35 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+
 # ---- Args --------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass
 class Args:
-    # every script has these
+    # all scripts have these
     env_id: str = "cheetah-run"  # <domain>-<task> of the dm_control suite
     smoke: bool = False  # small images and networks that learn visibly in minutes on two CPU cores
     seed: int = 1  # of the environment, the networks and the sampling
-    total_frames: int = 1_000_000  # length of the run [frames]; its last episode is played out
-    device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto takes the best that is there
+    total_frames: int = 1_000_000  # the run ends with the episode that reaches so many [frames]
+    device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto uses a GPU if there is one
     resume: str = ""  # folder of a run to go on with; the run's arguments are the defaults
     evaluate: str = ""  # folder of a run whose agent is played and filmed
     video: bool = True  # film the first episode of every evaluation
     track: bool = False  # log to Weights & Biases, too
     runs_dir: str = "runs"  # where the run's folder is made
-    action_repeat: int = 0  # frames per step; 0: the published value for the task
+    action_repeat: int = 0  # frames per step (0: the published value for the task)
     obs = "pixels"  # not a flag: this script sees nothing else
     image_size: int = 64  # side of the square image [pixels]
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of matrix products and convs
     cuda_graph: bool = True  # on CUDA, launch an update or an action as one graph
-    replay_capacity: int = 100_000  # how far back samples reach [rows: one per image]
+    replay_capacity: int = 100_000  # samples are among the newest so many rows, one per image
     delete_replay: bool = False  # remove the replay buffer's files when the run has finished
-    warmup_steps: int = 0  # uniformly random steps before the first update (0: 10,000 frames)
-    pretrain_updates: int = 50_000  # updates at the end of the warm-up (model only; paper 50,000)
+    warmup_steps: int = 0  # random steps at first, rounded up to whole episodes (0: 10,000 frames)
+    pretrain_updates: int = 50_000  # updates in one burst after the warm-up (model; paper 50,000)
     updates_per_step: float = 1.0  # updates per step from then on (paper 1)
     eval_every_frames: int = 10_000  # distance between evaluations [frames]
     eval_episodes: int = 10  # episodes per evaluation (paper 10)
-    checkpoint_every_minutes: float = 5.0  # least time between checkpoints [minutes]
+    checkpoint_every_minutes: float = 5.0  # minimum time between two checkpoints [minutes]
     # this algorithm
     z1: Literal["stochastic", "deterministic"] = "stochastic"  # inferred from each image
     z2: Literal["stochastic", "deterministic", "recurrent", "none"] = "stochastic"  # the memory
@@ -163,30 +161,27 @@ SMOKE = {
     "alpha_lr": 1e-3, "init_temperature": 0.1, "gamma": 0.95, "critic_tau": 0.02,
     "eval_every_frames": 12_000,
 }  # fmt: skip
-MAY_BE_ZERO = {"gamma", "pretrain_updates", "seed"}
-AT_MOST_ONE = {"critic_tau", "gamma"}
+MAY_BE_ZERO = ["gamma", "pretrain_updates", "seed"]
+AT_MOST_ONE = ["critic_tau", "gamma"]
 
 
 def algorithm_checks(args):
-    """Rows of (flag, whether it is wrong, what to do) that only this script has."""
-    steps = args.total_frames // args.action_repeat
-    unit = 2 ** len(args.channels)
-    fits = 2 <= args.actions < min(args.warmup_steps, 1000)  # 1000: least replay_capacity
-    recurrent = args.z1 == "deterministic" or args.z2 == "recurrent"
+    """Checks that only this script has: rows of (flag, whether it is wrong, what to do)."""
+    warmup = 1000 * math.ceil(args.warmup_steps * args.action_repeat / 1000)  # in whole episodes
+    unit = 2 ** len(args.channels)  # each conv halves the image
+    fits = 2 <= args.actions < min(args.warmup_steps, 1000)  # 1000 is the least replay_capacity
+    needs_past = args.z1 == "deterministic" or args.z2 == "recurrent"
+    lacks_past = needs_past and not args.temporal
     return [
-        ("total_frames", steps <= args.warmup_steps, f"{steps} steps are only warm-up; raise it"),
+        ("total_frames", args.total_frames <= warmup, f"use more than the warm-up's {warmup}"),
         ("channels", not args.channels, "must be one number at least"),
-        ("image_size", args.image_size % unit != 0,
-         f"must be a multiple of {unit}, as each of the --channels halves the image"),
+        ("image_size", args.image_size % unit > 0, f"must be a multiple of {unit}, see --channels"),
         ("actions", not fits, "must be 2 at least, and below 1000 and the --warmup-steps"),
-        ("temporal", recurrent and not args.temporal,
-         "a recurrent z2 or a deterministic z1 needs it; drop --no-temporal"),
-    ]  # fmt: skip
+        ("temporal", lacks_past, "a recurrent z2 and a deterministic z1 need it; use --temporal"),
+    ]
 
 
 # ---- networks ----------------------------------------------------------------------------------
-
-
 def weight_init(module):
     """Xavier's uniform weights and zero biases; a GRU keeps PyTorch's."""
     if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
@@ -195,7 +190,7 @@ def weight_init(module):
 
 
 class Float32Linear(nn.Linear):
-    """A linear layer that stays out of bfloat16: values, logits and means need more digits."""
+    """A linear layer in float32: bfloat16 has too few digits for values, logits and means."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
@@ -203,9 +198,10 @@ class Float32Linear(nn.Linear):
 
 
 def mlp(in_dim, hidden_dim, out_dim):
-    """Two hidden ReLU layers."""
-    first, second = nn.Linear(in_dim, hidden_dim), nn.Linear(hidden_dim, hidden_dim)
-    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), Float32Linear(hidden_dim, out_dim))
+    """An MLP with two hidden ReLU layers."""
+    first = [nn.Linear(in_dim, hidden_dim), nn.ReLU()]
+    second = [nn.Linear(hidden_dim, hidden_dim), nn.ReLU()]
+    return nn.Sequential(*first, *second, Float32Linear(hidden_dim, out_dim))
 
 
 def preprocess(obs):
@@ -363,8 +359,8 @@ class LatentModel(nn.Module):
         q_next = [torch.stack(values, 1) for values in zip(*q_next, strict=True)]  # mean, std
         p_next = self.prior(torch.stack(contexts, 1))  # all at once, from the posterior's z2
 
-        def merge(first, following):
-            following = torch.cat([first[:, :1], following], 1)  # (B, T, z1)
+        def merge(first, following):  # (B, T, z1), (B, T - 1, z1) -> (B, T, z1)
+            following = torch.cat([first[:, :1], following], 1)
             return torch.where(started[..., None], first, following)
 
         q = [merge(a, b) for a, b in zip(q_first, q_next, strict=True)]
@@ -413,7 +409,7 @@ def minimize(loss, *optimizers):
     for optimizer in optimizers:
         optimizer.zero_grad()
     parameters = [p for o in optimizers for g in o.param_groups for p in g["params"]]
-    with torch.autocast(loss.device.type, enabled=False):  # backward keeps forward's types
+    with torch.autocast(loss.device.type, enabled=False):  # the types are those of the forward pass
         loss.backward(inputs=parameters)
     for optimizer in optimizers:
         optimizer.step()
@@ -427,10 +423,8 @@ def soft_update(net, target, tau):
 
 
 # ---- Agent -------------------------------------------------------------------------------------
-
-
 class Cadence(NamedTuple):
-    """What an update moves besides the model."""
+    """Which parts this update moves besides the model."""
 
     actor_and_critic: bool
 
@@ -438,7 +432,7 @@ class Cadence(NamedTuple):
 class Agent(nn.Module):
     """SLAC. Read update() first: it is the algorithm; each loss is a method."""
 
-    updates = 0  # made so far; the training loop counts them
+    updates = 0  # made before this one; the training loop sets it
 
     def __init__(self, args, spec):
         super().__init__()
@@ -536,8 +530,8 @@ class Agent(nn.Module):
         return 0.5 * (F.mse_loss(q1, target) + F.mse_loss(q2, target))  # [SLAC J(Q)]
 
     def actor_loss(self, seen_by_actor, seen):
-        """From what the actor and the critic see (B, S). Also gives log pi (B, 1), which alpha_loss
-        needs. Q is only read: the step on this loss moves the actor alone."""
+        """The loss from what the actor and the critic see (B, S), and log pi (B, 1), which
+        alpha_loss needs. Q is only read: minimize() moves the actor."""
         action, log_prob = tanh_gaussian(*self.actor(seen_by_actor))
         q = torch.min(*self.critic(seen, action))
         alpha = self.log_alpha.exp().detach()  # alpha has a loss of its own
@@ -564,11 +558,11 @@ class Agent(nn.Module):
         return batch
 
     def update(self, batch):
-        """One update from a batch of sample(); metrics as 0-d tensors.
+        """One update from a batch of sample(); gives metrics as 0-d tensors.
 
-        On CUDA the update is recorded once for each cadence and then replayed, so that a Python
-        number in it stays what it was when it was recorded. A number that changes from update to
-        update must be a tensor of the batch, or a field of cadence() that takes few values.
+        On CUDA the update is recorded once for each cadence and then replayed. The recording
+        freezes every Python number. A number that changes from update to update must be a tensor
+        of the batch, or a field of cadence() that takes few values.
         """
         args, optimizers = self.args, self.optimizers
         model_losses, reward_std = self.model_losses(**batch["model"])
@@ -596,8 +590,8 @@ class Agent(nn.Module):
             soft_update(self.critic, self.target_critic, args.critic_tau)
         return {name: value.detach() for name, value in metrics.items()}
 
-    @torch.no_grad()  # acting learns nothing
-    def act(self, step, carry, explore):
+    @torch.no_grad()  # acting needs no gradient
+    def act(self, step, carry, explore=False):
         """Action (A,) for a Step, and the next carry: the last n rows; None at first."""
         device = self.args.device
         row = {
@@ -616,7 +610,7 @@ class Agent(nn.Module):
         action = tanh_gaussian(mu, log_std)[0] if sample else torch.tanh(mu)
         return action[0], carry
 
-    @torch.no_grad()  # for the eye
+    @torch.no_grad()  # only to be looked at
     def images(self, buffer, rng):
         """{name: uint8 (H, W, 3)}: a sequence over time; below it, decoded, its posterior, the
         prior after the first image, and the prior after none, each given the actions."""
@@ -639,13 +633,21 @@ class Agent(nn.Module):
 
 
 # ---- environment (from here on, every script has the same text) ----------------------------------
-
-
 class UsageError(ValueError):
-    """Bad usage: names the flag, or the variable, and says what to do; exit status 2."""
+    """Bad usage. The message names the flag, or the variable, and says what to do."""
 
     def __init__(self, name, remedy):
         super().__init__(f"{name if name.isupper() else '--' + name.replace('_', '-')}: {remedy}")
+
+
+@contextlib.contextmanager
+def refuse_on(errors, name, remedy):
+    """Turns such errors into a UsageError of one line, which gives their reason in brackets."""
+    try:
+        yield
+    except errors as e:
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise UsageError(name, f"{remedy} ({reason})") from e
 
 
 def stream(seed, purpose, counter):
@@ -675,25 +677,25 @@ class Step(NamedTuple):
 
 def load_task(env_id, random):
     """The dm_control environment of a task; `random` is its np.random.RandomState."""
-    from dm_control import suite  # not at the top: check_args() says first if OpenGL is missing
+    from dm_control import suite  # not at the top, so that check_args() sees a missing OpenGL first
 
     tasks = ["-".join(task) for task in suite.ALL_TASKS]
     if env_id not in tasks:
         near = difflib.get_close_matches(env_id, tasks, 3, 0.4) or tasks
         raise UsageError("env_id", f"the suite has no {env_id!r}, but {', '.join(near)}")
-    limit = {"time_limit": 30.0} if env_id.startswith("lqr") else {}  # the only one without an end
+    limit = {"time_limit": 30.0} if env_id.startswith("lqr") else {}  # it has no time limit
     return suite.load(*env_id.split("-", 1), {"random": random, **limit})
 
 
 class PixelEnv:
     """A task with action repeat and a camera; actions are (A,) in [-1, 1]. --render exact gives the
-    pixels of physics.render; fast, without shadows and smooth edges, 40 times as many on a CPU."""
+    pixels of physics.render; fast drops shadows and smooth edges, 40 times as fast on a CPU."""
 
     def __init__(self, args, pixels=True, largest_image=0):
         self.args = args
         self.pixels = pixels and args.obs != "state"
         self.largest_image = max(args.image_size, largest_image)
-        self.random = np.random.RandomState()  # reset() seeds it
+        self.random = np.random.RandomState(args.seed)  # reset() seeds it anew
         self.env = load_task(args.env_id, self.random)
         self.model = None
         bounds = self.env.action_spec()
@@ -709,7 +711,8 @@ class PixelEnv:
         time_step = self.env.reset()
         model = self.env.physics.model
         if model.ptr is not self.model:  # some environments build a new one each time
-            self.model, self.cameras = model.ptr, {}
+            self.model = model.ptr
+            self.cameras = {}
             model.vis.global_.offwidth = model.vis.global_.offheight = self.largest_image
             if self.args.render == "fast":
                 model.vis.quality.offsamples = 0
@@ -718,7 +721,7 @@ class PixelEnv:
         return self.observe(time_step, np.zeros(len(self.low)), 0.0, 0)
 
     def step(self, action):
-        """Next Step; the action (A,) is repeated until the episode ends at most."""
+        """Next Step. Holds the action (A,) for action_repeat frames, or until the episode ends."""
         control = self.low + (np.float64(action) + 1) / 2 * (self.high - self.low)
         time_steps = [self.env.step(control)]
         while len(time_steps) < self.args.action_repeat and not time_steps[-1].last():
@@ -738,73 +741,63 @@ class PixelEnv:
         """Image (size, size, 3) uint8."""
         from dm_control.mujoco.engine import Camera
 
-        if size not in self.cameras:  # kept, as making one takes longer than an image
+        if size not in self.cameras:  # making one takes longer than an image
             camera_id = 2 if self.args.env_id.startswith("quadruped") else 0
             self.cameras[size] = Camera(self.env.physics, size, size, camera_id)
         fast = {"shadow": False, "reflection": False} if self.args.render == "fast" else {}
-        return self.cameras[size].render(render_flag_overrides=fast).copy()  # it draws there again
+        return self.cameras[size].render(render_flag_overrides=fast).copy()  # its array is reused
 
 
 # ---- replay buffer -----------------------------------------------------------------------------
-
-
 def upload(values, device):
     """Array, number or tensor as a tensor on `device`; to CUDA without waiting for the GPU."""
     tensor = torch.as_tensor(values)
-    if not device.startswith("cuda"):
-        return tensor.to(device)
-    return (tensor.pin_memory() if tensor.is_cpu else tensor).to(device, non_blocking=True)
+    pinned = tensor.is_cpu and device.startswith("cuda")
+    return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=pinned)
 
 
 class ReplayBuffer:
-    """Rows in memory-mapped files, appended and never overwritten: a process that dies leaves them
-    as they are, and a resumed one has nothing to load. On a GPU there is a copy of them.
+    """Rows in memory-mapped files. What a checkpoint counts is never written again, so that a run
+    can go on after a process died. A GPU has a copy of the rows.
 
-    Row t holds image t, the action that led to it (zeros at an episode's start), the reward and
-    the discount on arriving. A transition is rows t and t + 1. Stacks of images are made when they
-    are sampled. Samples reach `capacity` rows back, and never across episodes.
-    """
+    Row t holds image t, the action that led to it (zeros at an episode's start), the reward and the
+    discount on arriving. A transition is rows t and t + 1 of one episode. Samples reach `capacity`
+    rows back. Stacks of images are made when they are sampled."""
 
     def __init__(self, folder, rows, args, spec):
         self.folder = Path(folder)
         self.capacity = args.replay_capacity
         self.device = args.device
         self.row = 0
-        image = len(spec.obs_shape) == 3
-        self.types = {  # of a row; start is the row at which the row's episode starts
-            "obs": np.dtype((np.uint8 if image else np.float32, spec.obs_shape)),
-            "action": np.dtype((np.float32, (spec.action_dim,))),
-            "reward": np.dtype((np.float32, (1,))),
-            "discount": np.dtype((np.float32, (1,))),
-            "state": np.dtype((np.float32, (spec.state_dim,))),
-            "start": np.dtype(np.int64),
-        }
+        pixel = np.uint8 if len(spec.obs_shape) == 3 else np.float32
+        floats = {"action": spec.action_dim, "reward": 1, "discount": 1, "state": spec.state_dim}
+        self.types = {name: np.dtype((np.float32, (size,))) for name, size in floats.items()}
+        self.types["obs"] = np.dtype((pixel, spec.obs_shape))
+        self.types["start"] = np.dtype(np.int64)  # the row at which the row's episode starts
         self.grow(rows)
 
     def grow(self, rows):
-        """Takes room for so many rows at once, so that a disk that is too small is noticed now."""
+        """Reserves room for so many rows, so that a disk that is too small is noticed now."""
         self.rows = rows
         self.folder.mkdir(exist_ok=True)
         self.files = {}
         for name, dtype in self.types.items():
-            path = self.folder / name
-            with open(path, "ab") as file:
+            with open(self.folder / name, "ab") as file:
                 if hasattr(os, "posix_fallocate"):  # not on macOS
                     os.posix_fallocate(file.fileno(), 0, rows * dtype.itemsize)
-            self.files[name] = np.memmap(path, dtype, "r+", shape=(rows,))
+            self.files[name] = np.memmap(self.folder / name, dtype, "r+", shape=(rows,))
         self.columns = {k: torch.from_numpy(v).to(self.device) for k, v in self.files.items()}
 
     def add(self, step):
         """Appends a Step."""
-        if self.row == self.rows:  # episodes were shorter than expected: there are more starts
+        if self.row == self.rows:  # short episodes add more starts than expected
             self.grow(self.rows + self.rows // 4 + 1)
-        row = self.row
-        start = row if step.first else self.files["start"][row - 1]
-        for name, value in {**step._asdict(), "start": start}.items():
-            if name in self.files:
-                self.files[name][row] = value
-                if self.device != "cpu":
-                    self.columns[name][row] = upload(self.files[name][row], self.device)
+        values = step._asdict()
+        values["start"] = self.row if step.first else self.files["start"][self.row - 1]
+        for name, file in self.files.items():
+            file[self.row] = values[name]
+            if self.device != "cpu":
+                self.columns[name][self.row] = upload(file[self.row], self.device)
         self.row += 1
 
     def draw(self, rng, count, length, same_episode_tail):
@@ -845,20 +838,22 @@ class ReplayBuffer:
 
 
 # ---- evaluation --------------------------------------------------------------------------------
-
 VIDEO_SIZE = 256  # side of a film's images [pixels]
 
 
-def evaluate(act, env, seed, episodes, stop, film=False):
+def evaluate(act, env, episodes, stop, film=False):
     """Plays episodes, the same ones each time, with act(step, carry) -> action, carry. Gives their
-    returns (episodes,) and the images of the first, if it is filmed; None if a signal came.  D4"""
-    returns, images, number = [], [], 0
-    while len(returns) < episodes:
-        if stop.signal:
-            return None
-        rng = stream(seed, "evaluate", number)
+    returns (episodes,) and the images of the first, if it is filmed. A signal cuts it short.  D4"""
+    returns = []
+    number = 0
+    while len(returns) < episodes and not stop.signal:
+        if not returns:
+            images = []
+        rng = stream(env.args.seed, "evaluate", number)
         number += 1
-        step, carry, total = env.reset(rng.integers(2**32)), None, 0.0
+        step = env.reset(rng.integers(2**32))
+        carry = None
+        total = 0.0
         try:
             while not step.last:
                 if film and not returns:
@@ -873,15 +868,13 @@ def evaluate(act, env, seed, episodes, stop, film=False):
 
 
 # ---- logs and checkpoints ----------------------------------------------------------------------
-
-
 def finite(metrics, updates):
-    """Metrics as floats. Ends a run that becomes NaN or infinite, before a checkpoint is."""
+    """Metrics as floats. Ends a run that becomes NaN or infinite, before it is saved."""
     metrics = {name: float(value) for name, value in metrics.items()}
     for name, value in metrics.items():
         if not math.isfinite(value):
-            text = f"{name} is {value} after {updates} updates, which are not saved"
-            raise FloatingPointError(f"{text}; smaller learning rates may help")
+            text = f"{name} is {value} after {updates} updates; what came after the last checkpoint"
+            raise FloatingPointError(f"{text} is lost. Smaller learning rates may help")
     return metrics
 
 
@@ -916,7 +909,8 @@ class Logger:
         self.bar.update(progress.updates - self.bar.n)
 
     def log(self, row):
-        """Adds {name: number}, the counters and the last update's metrics as a row."""
+        """Adds a row: {name: number}, the counters, and the last value of each metric."""
+        self.tick()
         progress = self.progress
         progress.metrics = finite(progress.metrics, progress.updates)
         counters = {"frames": progress.frames, "steps": progress.step, "updates": progress.updates}
@@ -946,15 +940,15 @@ class Logger:
 def save_checkpoint(run_dir, args, agent, buffer, progress):
     """Writes checkpoint.pt, whole or not at all."""
     weights = sum(tensor.sum() for tensor in agent.state_dict().values())
+    progress.row = buffer.row
     progress.metrics = finite(progress.metrics, progress.updates)
     finite({"the sum of all weights": weights}, progress.updates)
     for file in buffer.files.values():
         file.flush()  # so that the rows outlast a failure of the machine, too
     payload = {"args": vars(args), "spec": tuple(agent.spec), "progress": vars(progress)}
-    payload["row"] = buffer.row
     payload["agent"] = agent.state_dict()
     payload["optimizers"] = {name: o.state_dict() for name, o in agent.optimizers.items()}
-    torch.save(payload, data := io.BytesIO())  # not to the file: a full disk raises OSError so
+    torch.save(payload, data := io.BytesIO())  # first into memory: PyTorch hides a full disk
     with open(run_dir / "checkpoint.part", "wb") as file:
         file.write(data.getbuffer())
         file.flush()
@@ -966,15 +960,13 @@ def read_checkpoint(path, flag):
     """Args and payload of a checkpoint or of a run's folder. Code in the file never runs."""
     path = Path(path).expanduser()
     path = path / "checkpoint.pt" if path.is_dir() else path
-    try:
+    with refuse_on(Exception, flag, f"{path} is no checkpoint of this script"):
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # checks every CRC
                 raise ValueError(f"{damaged} is damaged")
         payload = torch.load(path, map_location="cpu", weights_only=True)
-        return Args(**payload["args"]), payload
-    except Exception as e:  # whatever a damaged or foreign file makes them raise
-        why = (str(e) or type(e).__name__).splitlines()[0]
-        raise UsageError(flag, f"{path} is no checkpoint of this script ({why})") from e
+        payload["run_dir"] = path.parent
+        return Args(**payload["args"] | {"resume": "", "evaluate": ""}), payload
 
 
 def restore_agent(args, payload):
@@ -994,26 +986,24 @@ def load_agent(path, device="cpu"):
 
 
 # ---- CUDA graphs (a reader can skip them) --------------------------------------------------------
-
-
 def record(agent, name, cadence=tuple):
-    """Replaces an agent's method by one that records what the method launches on the GPU, and from
-    then on launches it all at once, on inputs at fixed places. There is a recording for each form
-    of the inputs (nested tensors, arrays, numbers, None), each value of the bools among them, the
-    options and cadence(). Whatever else the method reads or changes must lie on the GPU."""
+    """Wraps a method of the agent in CUDA graphs. For each combination of the inputs' shapes, the
+    bools and None among them, the options and cadence(), the method runs three times as it is, is
+    then recorded, and from then on replayed on copies of the inputs. Whatever else it reads or
+    changes must lie on the GPU."""
     method = getattr(agent, name)
-    calls, graphs, side_stream = {}, {}, torch.cuda.Stream()
-
-    def place(value):
-        fixed = value is None or isinstance(value, bool)
-        return value if fixed else upload(value, agent.args.device)
+    device = agent.args.device
+    side_stream = torch.cuda.Stream()
+    calls = {}
+    graphs = {}
 
     def launch(*inputs, **options):
-        inputs = tree_map(place, inputs)
+        fixed = (bool, type(None))
+        inputs = tree_map(lambda x: x if isinstance(x, fixed) else upload(x, device), inputs)
         shapes = tree_map_only(torch.Tensor, lambda tensor: tensor.shape, inputs)
         key = str((shapes, options, cadence()))
         calls[key] = calls.get(key, 0) + 1
-        if calls[key] <= 3:  # the first calls choose algorithms and make Adam's moments
+        if calls[key] <= 3:  # in these, algorithms are chosen and Adam makes its moments
             now = torch.cuda.current_stream()
             side_stream.wait_stream(now)
             with torch.cuda.stream(side_stream):
@@ -1026,7 +1016,7 @@ def record(agent, name, cadence=tuple):
             graph = torch.cuda.CUDAGraph()
             for group in groups:
                 group["capturable"] = True
-            with torch.cuda.graph(graph):  # launches nothing
+            with torch.cuda.graph(graph):  # records and does not run
                 outputs = method(*places, **options)
             for group in groups:
                 group["capturable"] = False
@@ -1043,8 +1033,6 @@ def record(agent, name, cadence=tuple):
 
 
 # ---- training loop -----------------------------------------------------------------------------
-
-
 def autocast(args):
     """What updates run in: with --precision bf16, convs and matrix products in bfloat16. Converted
     weights are not cached, as they change in the middle of an update."""
@@ -1053,7 +1041,7 @@ def autocast(args):
 
 
 def updates_due(args, step):
-    """How many updates there should have been when this step is taken."""
+    """Number of updates that are made by the time this step is taken."""
     since = step - args.warmup_steps
     return args.pretrain_updates + int(args.updates_per_step * since) if since >= 0 else 0
 
@@ -1066,10 +1054,10 @@ class Stop:
 
     def __enter__(self):
         self.handlers = {}
-        if threading.current_thread() is threading.main_thread():  # only there signals are caught
-            for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
-                number = getattr(signal, name, None)  # Windows lacks two of them
-                if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
+            number = getattr(signal, name, None)  # Windows lacks two of them
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
+                with contextlib.suppress(ValueError):  # a thread cannot catch signals
                     self.handlers[number] = signal.signal(number, self)
         return self
 
@@ -1077,7 +1065,8 @@ class Stop:
         self.signal = number
         for other in self.handlers:
             signal.signal(other, signal.SIG_DFL)
-        print("\nstopping soon, with a checkpoint; once more to stop at once", file=sys.stderr)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            print("\nstopping soon with a checkpoint; again: at once", file=sys.stderr, flush=True)
 
     def __exit__(self, *_):
         for number, handler in self.handlers.items():
@@ -1090,24 +1079,25 @@ def train(args, run_dir, stop, payload=None):
     env = PixelEnv(args)
     eval_env = PixelEnv(args, largest_image=VIDEO_SIZE * args.video)
     total_steps = math.ceil(args.total_frames / args.action_repeat)
+    every = args.eval_every_frames
     if payload:
         agent = restore_agent(args, payload)
         progress = SimpleNamespace(**payload["progress"])
     else:
         stream(args.seed, "weights", 0)
         agent = Agent(args, env.spec)
-        counters = dict.fromkeys(["step", "frames", "episode", "updates", "evaluated"], 0)
-        progress = SimpleNamespace(**counters, wall_s=0.0, eval_return=None, metrics={}, rows=[])
+        zeros = ["step", "frames", "episode", "updates", "evaluated", "row"]
+        progress = SimpleNamespace(**dict.fromkeys(zeros, 0), wall_s=0.0, saved_wall_s=0.0)
+        vars(progress).update(random_return=None, eval_return=None, metrics={}, rows=[])
     rows = total_steps + args.total_frames // 1000 + 1000  # with starts, and the last episode
-    try:
+    rows = max(rows, progress.row + 1)
+    with refuse_on(OSError, "runs_dir", f"no room for {rows:,} rows of the replay buffer"):
         buffer = ReplayBuffer(run_dir / "replay", rows, args, env.spec)
-    except OSError as e:
-        raise UsageError("runs_dir", f"no room for {rows:,} rows of the replay buffer ({e})") from e
-    buffer.row = payload["row"] if payload else 0
+    buffer.row = progress.row
     if args.cuda_graph and args.device.startswith("cuda"):
         record(agent, "update", agent.cadence)
         record(agent, "act")
-    saved = time.monotonic()
+    logger = Logger(args, run_dir, progress, updates_due(args, total_steps - 1))
 
     def random_policy(step, carry):
         return 2 * torch.rand(env.spec.action_dim) - 1, None
@@ -1120,77 +1110,71 @@ def train(args, run_dir, stop, payload=None):
         progress.updates += 1
 
     def save(minutes=0.0):
-        nonlocal saved
-        if time.monotonic() - saved >= 60 * minutes:
+        if progress.wall_s - progress.saved_wall_s >= 60 * minutes:
+            progress.saved_wall_s = progress.wall_s
             save_checkpoint(run_dir, args, agent, buffer, progress)
-            saved = time.monotonic()
 
-    if not payload:
-        returns, _ = evaluate(random_policy, PixelEnv(args, pixels=False), args.seed, 10, Stop())
-        progress.random_return = returns.mean().item()
-        print(f"random policy: {returns.mean():.1f} +- {returns.std():.1f} over 10 episodes")
-        save()
-    logger = Logger(args, run_dir, progress, updates_due(args, total_steps - 1))
-    while not stop.signal:
+    while not stop.signal:  # each turn makes one evaluation, one update or one episode
         finished = progress.frames >= args.total_frames
-        evaluations = progress.frames // args.eval_every_frames
-        missed = evaluations > progress.evaluated // args.eval_every_frames
-        if missed or (finished and progress.evaluated < progress.frames):
-            policy = functools.partial(agent.act, explore=False)
-            result = evaluate(policy, eval_env, args.seed, args.eval_episodes, stop, args.video)
-            if result is None:
+        missed = progress.frames // every > progress.evaluated // every
+        if progress.random_return is None:
+            returns, _ = evaluate(random_policy, PixelEnv(args, pixels=False), 10, stop)
+            if stop.signal:
+                break
+            progress.random_return = returns.mean().item()
+            tqdm.write(f"random policy: {progress.random_return:.1f} over 10 episodes")
+            save()
+        elif missed or (finished and progress.evaluated < progress.frames):
+            returns, video = evaluate(agent.act, eval_env, args.eval_episodes, stop, args.video)
+            if stop.signal:
                 break  # the resumed run evaluates again
-            returns, video = result
             progress.evaluated = progress.frames
-            mean, std = returns.mean().item(), returns.std().item()
-            tqdm.write(f"{progress.frames:,} frames: evaluation {mean:.1f} +- {std:.1f}")
+            mean = returns.mean().item()
+            std = returns.std().item()
             progress.eval_return = mean
+            tqdm.write(f"{progress.frames:,} frames: evaluation {mean:.1f} +- {std:.1f}")
             logger.log({"eval/return": mean, "eval/return_std": std})
             rng = stream(args.seed, "images", progress.frames)
             logger.show(agent.images(buffer, rng), video, env.fps)
-        if finished:
+        elif finished:
             break
-
-        # what is due before the first action: a long burst can be saved and stopped at any update
-        while progress.updates < updates_due(args, progress.step) and not stop.signal:
+        elif progress.updates < updates_due(args, progress.step):  # a burst
             update()
             logger.tick()
             if progress.updates % 1000 == 0:
                 logger.log({})
             save(args.checkpoint_every_minutes)
-        if stop.signal:
-            break
-
-        warm = progress.step >= args.warmup_steps
-        first_row = buffer.row
-        episode_return, carry = 0.0, None
-        rng = stream(args.seed, "episode", progress.episode)
-        try:
-            step = env.reset(rng.integers(2**32))
-            buffer.add(step)
-            while not step.last:
-                stream(args.seed, "act", progress.step)
-                act = functools.partial(agent.act, explore=True) if warm else random_policy
-                action, carry = act(step, carry)
-                due = updates_due(args, progress.step) if warm else 0
-                most = progress.updates + math.ceil(args.updates_per_step)
-                while progress.updates < min(due, most):  # more would wait for the next episode
-                    update()
-                action = action.cpu().numpy()
-                finite({"the action": action.sum()}, progress.updates)
-                progress.step += 1
-                step = env.step(action)
+        else:
+            warm = progress.step >= args.warmup_steps
+            act = functools.partial(agent.act, explore=True) if warm else random_policy
+            first_row = buffer.row
+            episode_return = 0.0
+            rng = stream(args.seed, "episode", progress.episode)
+            try:
+                step = env.reset(rng.integers(2**32))
+                carry = None
                 buffer.add(step)
-                progress.frames += step.frames
-                episode_return += step.reward
-                logger.tick()
-            logger.log({"train/return": episode_return})
-        except control.PhysicsError as e:
-            tqdm.write(f"warning: episode {progress.episode} is discarded: {e}")
-            progress.frames += args.action_repeat  # a task that always fails ends, too
-            buffer.row = first_row
-        progress.episode += 1
-        save(args.checkpoint_every_minutes)
+                while not step.last:
+                    stream(args.seed, "act", progress.step)
+                    action, carry = act(step, carry)
+                    for _ in range(math.ceil(args.updates_per_step)):  # the rest waits for its end
+                        if warm and progress.updates < updates_due(args, progress.step):
+                            update()
+                    action = action.cpu().numpy()
+                    finite({"the action": action.sum()}, progress.updates)
+                    step = env.step(action)
+                    progress.step += 1
+                    progress.frames += step.frames
+                    buffer.add(step)
+                    episode_return += step.reward
+                    logger.tick()
+                logger.log({"train/return": episode_return})
+            except control.PhysicsError as e:
+                tqdm.write(f"warning: episode {progress.episode} is discarded: {e}")
+                progress.frames += args.action_repeat  # so that a run of failures ends
+                buffer.row = first_row
+            progress.episode += 1
+            save(args.checkpoint_every_minutes)
     save()
     logger.bar.close()
     logger.writer.close()
@@ -1198,7 +1182,6 @@ def train(args, run_dir, stop, payload=None):
 
 
 # ---- main --------------------------------------------------------------------------------------
-
 MAY_CHANGE = {
     "resume": {"resume", "smoke", "total_frames", "device", "video", "track", "runs_dir",
                "precision", "cuda_graph", "delete_replay", "eval_every_frames", "eval_episodes",
@@ -1206,36 +1189,45 @@ MAY_CHANGE = {
     "evaluate": {"evaluate", "smoke", "seed", "eval_episodes", "device", "video", "runs_dir",
                  "eval_policy"},
 }  # fmt: skip
+SUMMARY = ["frames", "updates", "wall_s", "random_return", "eval_return"]
 
 
 def check_args(args):
-    """Refuses what cannot work, before anything is written."""
+    """Refuses what cannot work, before anything is written, and settles the device."""
     for name, value in vars(args).items():
         for number in value if isinstance(value, tuple) else [value]:
             if type(number) in (int, float):
-                allowed = 0 < number < math.inf or (number == 0 and name in MAY_BE_ZERO)
-                if not allowed or (number > 1 and name in AT_MOST_ONE):
-                    limit = " and at most 1" * (name in AT_MOST_ONE)
+                zero = number == 0 and name in MAY_BE_ZERO
+                limit = " and at most 1" * (name in AT_MOST_ONE)
+                if not (0 < number < math.inf or zero) or (limit and number > 1):
                     raise UsageError(name, f"{number} is not a finite number above zero{limit}")
+    no_wandb = not args.evaluate and not importlib.util.find_spec("wandb")
     rows = [  # flag, whether it is wrong, what to do
         *algorithm_checks(args),
         ("evaluate", args.evaluate and args.resume, "excludes --resume; drop one of them"),
-        ("replay_capacity", args.replay_capacity < 1000, "must be 1000, a long episode, at least"),
-        ("track", args.track and not importlib.util.find_spec("wandb"), "pip install wandb, first"),
+        ("replay_capacity", args.replay_capacity < 1000, "use at least 1000, a long episode"),
+        ("track", args.track and no_wandb, "needs `pip install wandb`"),
     ]
     for flag, wrong, remedy in rows:
         if wrong:
             raise UsageError(flag, remedy)
     if args.video or args.obs != "state":
-        try:
+        used = {name: os.environ[name] for name in os.environ if name.startswith("MUJOCO_")}
+        text = f"cannot render with {used}. Try MUJOCO_GL=egl, which needs a GPU driver or libegl1 "
+        text += "and libgl1-mesa-dri, or MUJOCO_GL=osmesa, which needs libosmesa6"
+        with refuse_on(Exception, "MUJOCO_GL", text):  # OpenGL can be missing in many ways
             from dm_control import _render
 
             _render.Renderer(max(args.image_size, VIDEO_SIZE), VIDEO_SIZE).free()
-        except Exception as e:  # OpenGL can be missing in many ways
-            used = {name: os.environ[name] for name in os.environ if name.startswith("MUJOCO_")}
-            text = f"cannot render with {used} ({e}). Try MUJOCO_GL=egl, which needs a GPU driver "
-            text += "or libegl1 and libgl1-mesa-dri, or MUJOCO_GL=osmesa, which needs libosmesa6"
-            raise UsageError("MUJOCO_GL", text) from e
+    if args.device == "auto":
+        args.device = str(torch.accelerator.current_accelerator() or "cpu")
+    text = f"{args.device} cannot be used; cpu, cuda, cuda:1, mps or auto might"
+    with refuse_on((RuntimeError, AssertionError), "device", text):
+        torch.zeros(1, device=args.device).item()
+    if args.device.startswith("cuda:"):
+        torch.cuda.set_device(args.device)
+    tf32 = args.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 
 
 def parse_args(words):
@@ -1244,13 +1236,13 @@ def parse_args(words):
         if re.fullmatch(r"[\d.]+e\d+", word) and float(word).is_integer():
             words[i] = str(int(float(word)))  # 1e6 is a whole number, too
     description = (__doc__ or "").partition("\n")[0]  # python -OO has no docstrings
-    default = Args(**SMOKE) if "--smoke" in words else None
-    args = tyro.cli(Args, args=words, default=default, description=description)
+    parse = functools.partial(tyro.cli, Args, args=words, description=description)
+    args = parse(default=Args(**SMOKE) if "--smoke" in words else None)
     payload = None
-    if args.resume or args.evaluate:
+    if path := args.resume or args.evaluate:
         flag = "resume" if args.resume else "evaluate"
-        was, payload = read_checkpoint(args.resume or args.evaluate, flag)
-        args = tyro.cli(Args, args=words, default=was, description=description)
+        was, payload = read_checkpoint(path, flag)
+        args = parse(default=was)
         for name, value in vars(was).items():
             if name not in MAY_CHANGE[flag] and value != getattr(args, name):
                 raise UsageError(name, f"--{flag} cannot change it, the run has {value}")
@@ -1258,109 +1250,83 @@ def parse_args(words):
     return args, payload
 
 
-def choose_device(args):
-    """Resolves --device auto, and sets the precision of float32 products."""
-    if args.device == "auto":
-        args.device = str(torch.accelerator.current_accelerator() or "cpu")
-    try:
-        torch.zeros(1, device=args.device).item()
-    except (RuntimeError, AssertionError) as e:
-        text = f"{args.device} cannot be used; cpu, cuda, cuda:1, mps or auto might ({e})"
-        raise UsageError("device", text.splitlines()[0]) from e
-    if args.device.startswith("cuda:"):
-        torch.cuda.set_device(args.device)
-    tf32 = args.precision == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
-
-
-def make_run_dir(args):
-    """A new folder with the arguments and a copy of this script, with which the run can be played
-    when the script has changed; or the folder to resume. Locked until the process ends."""
-    if args.resume:
-        run_dir = Path(args.resume).expanduser()
-        run_dir = run_dir if run_dir.is_dir() else run_dir.parent
+def make_run_dir(args, payload):
+    """The folder to resume, or a new one with the arguments and a copy of this script, which plays
+    the run when the script has changed. And its lock, which is free when nobody refers to it."""
+    if payload:
+        run_dir = payload["run_dir"]
         if not (run_dir / "replay").exists():
             raise UsageError("resume", "the run's replay buffer was deleted; start a new run")
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{stamp}"
         run_dir = Path(args.runs_dir).expanduser() / name
-        try:
+        with refuse_on(OSError, "runs_dir", f"{run_dir} cannot be made"):
             run_dir.mkdir(parents=True)
             (run_dir / "args.json").write_text(json.dumps(vars(args), indent=1))
             shutil.copy(__file__, run_dir)
-        except OSError as e:
-            raise UsageError("runs_dir", f"{run_dir} cannot be made ({e.strerror})") from e
     lock = FileLock(run_dir / "lock")
     try:
-        lock.acquire(timeout=0)
-    except Timeout as e:
-        raise UsageError("resume", f"another process is at work in {run_dir}") from e
+        with refuse_on(Timeout, "resume", f"another process is at work in {run_dir}"):
+            lock.acquire(timeout=0)
     except (OSError, NotImplementedError) as e:
         print(f"warning: {run_dir} cannot be locked ({e}); one process at a time may use it")
     return run_dir, lock
 
 
-def summary(args, progress, run_dir):
-    """The last line that is printed, and summary.json."""
-    about = {"env_id": args.env_id, "script": Path(__file__).stem, "seed": args.seed}
-    about |= {"device": args.device, "run_dir": str(run_dir)}
-    names = ("frames", "updates", "wall_s", "random_return", "eval_return")
-    numbers = json.dumps(about | {name: getattr(progress, name) for name in names})
-    print(f"summary {numbers}")
-    return numbers
-
-
 def play(args, payload):
-    """--evaluate: plays a trained agent and films its first episode."""
-    path = Path(args.evaluate).expanduser()
-    folder = path if path.is_dir() else path.parent
+    """--evaluate: plays a trained agent and films its first episode. Gives the run's progress."""
+    folder = payload["run_dir"]
     if args.runs_dir != payload["args"]["runs_dir"]:
         folder = Path(args.runs_dir).expanduser()  # of the film
     env = PixelEnv(args, largest_image=VIDEO_SIZE * args.video)
-    policy = functools.partial(restore_agent(args, payload).act, explore=False)
-    returns, video = evaluate(policy, env, args.seed, args.eval_episodes, Stop(), args.video)
+    act = restore_agent(args, payload).act
+    returns, video = evaluate(act, env, args.eval_episodes, Stop(), args.video)
     print("returns: " + " ".join(f"{r:.1f}" for r in returns))
     if args.video:
         imageio.mimsave(folder / "evaluation.gif", video, duration=1000 / env.fps, loop=0)
         print(f"video: {folder / 'evaluation.gif'}")
-    progress = SimpleNamespace(**payload["progress"])
-    progress.eval_return = returns.mean().item()
-    summary(args, progress, path)
+    return SimpleNamespace(**payload["progress"] | {"eval_return": returns.mean().item()})
 
 
 def main(words=None):
     """The command line; gives the exit status: 1 where a run failed, 2 for bad usage."""
-    run_dir, command = None, ""
+    run_dir = None
+    command = ""
     try:
         args, payload = parse_args(sys.argv[1:] if words is None else list(words))
-        choose_device(args)
         if args.evaluate:
-            play(args, payload)
-            return 0
-        run_dir, lock = make_run_dir(args)
-        command = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
-        print(f"{args.env_id}, seed {args.seed}, {args.device}, in {run_dir}", flush=True)
-        with lock, Stop() as stop:
-            progress = train(args, run_dir, stop, payload)
-        if stop.signal and progress.evaluated < args.total_frames:
-            print(f"stopped; to go on: {command}")
-            return 128 + stop.signal
-        if args.delete_replay:
-            shutil.rmtree(run_dir / "replay")
-        (run_dir / "summary.json").write_text(summary(args, progress, run_dir))
+            run_dir = payload["run_dir"]
+            progress = play(args, payload)
+        else:
+            run_dir, lock = make_run_dir(args, payload)
+            command = shlex.join(["python", sys.argv[0], "--resume", str(run_dir)])
+            print(f"{args.env_id}, seed {args.seed}, {args.device}, in {run_dir}", flush=True)
+            with Stop() as stop:
+                progress = train(args, run_dir, stop, payload)
+            if stop.signal and progress.evaluated < args.total_frames:
+                print(f"stopped; to go on: {command}")
+                return 128 + stop.signal
+            if args.delete_replay:
+                shutil.rmtree(run_dir / "replay")
+        about = {"env_id": args.env_id, "script": Path(__file__).stem, "seed": args.seed}
+        about |= {"device": args.device, "run_dir": str(run_dir)}
+        numbers = json.dumps(about | {name: getattr(progress, name) for name in SUMMARY})
+        if not args.evaluate:
+            (run_dir / "summary.json").write_text(numbers)
+        print(f"summary {numbers}")
         return 0
     except UsageError as e:
-        if run_dir and not args.resume:
+        if run_dir and not payload:
             shutil.rmtree(run_dir)  # nothing is left of a run that could not begin
         print(f"error: {e}", file=sys.stderr)
         return 2
     except FloatingPointError as e:
         text = str(e)
     except OSError as e:
-        text = f"{e}; to go on: {command}"
-    except (MemoryError, RuntimeError) as e:  # on a CPU, PyTorch has no class of its own for it
-        text = f"memory: {e or 'more than there is'}; use smaller networks or batches"
+        text = f"{e}{command and '; to go on: '}{command}"
+    except (MemoryError, RuntimeError) as e:  # PyTorch's on a CPU has no class of its own
+        text = f"memory: {str(e) or 'too little'}; use smaller networks, batches or a shorter run"
         if not isinstance(e, MemoryError) and not re.search("allocate|out of memory", str(e)):
             raise
     print("error: " + text.replace("\n", " "), file=sys.stderr)

@@ -1,7 +1,7 @@
 """Two scripts side by side: an HTML page with what differs and a few lines around it.
 
 python benchmark/diff.py sac_ae slac                 writes benchmark/diffs/sac_ae-slac.html
-python benchmark/diff.py                             all pairs that the README links
+python benchmark/diff.py                             all pairs that benchmark/README.md names
 """
 
 import argparse
@@ -75,7 +75,7 @@ def main():
     parser.add_argument("--out", type=Path, default=DIFFS)
     args = parser.parse_args()
     if len(args.pair) not in (0, 2) or not set(args.pair) <= set(names):
-        parser.error(f"two of {', '.join(names)}, or none for all pairs of the README")
+        parser.error(f"two of {', '.join(names)}, or none for all pairs")
     write([args.pair] if args.pair else PAIRS, args.out)
 
 

@@ -1,52 +1,47 @@
-"""Makes the parts of README.md and benchmark/README.md that come from the code and the results.
+"""Makes the parts of the pages that come from the code and the results.
 
-    python benchmark/docs.py            mends both files, the pages of differences and the pictures
-    python benchmark/docs.py --check    exit status 1 if the text of one of them is stale
+    python benchmark/docs.py            mends the pages and draws the metrics of the smoke runs
+    python benchmark/docs.py --check    changes nothing; exit status 1 if a page is stale
 
-From `<!-- docs.py NAME -->` to the next empty line stands what the function NAME here returns. In a
-link such as [`text`](file.py#L12) the number is that of the line which has this text; it must be
-the only one.
+The pages are README.md, benchmark/README.md and benchmark/notes/*.md. From `<!-- docs.py NAME -->`
+to the next empty line stands what the function NAME here returns; links in it begin with a slash,
+which stands for the root of the repository. In a link such as [`text`](file.py#L12) the number is
+that of the only line of the file that has this text.
 """
 
 import argparse
 import csv
+import importlib
 import json
+import math
+import os
 import re
 import sys
 from pathlib import Path
 
 import diff
-import numpy as np
-import report
-import studies
 from run import SCRIPTS
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmark" / "results"
-TITLES = {
-    "sac_ae": "SAC+AE, [Yarats et al. 2019](https://arxiv.org/abs/1910.01741)",
-    "sac_gaara": "SAC+GAARA, [Chen & Gong 2022](https://github.com/Otsuts/SAC-GAARA)",
-    "slac": "SLAC, [Lee et al. 2020](https://arxiv.org/abs/1907.00953)",
-    "dreamerv2": "DreamerV2, [Hafner et al. 2021](https://arxiv.org/abs/2010.02193)",
-    "pearl_pixels": "PEARL from pixels, [Rakelly et al. 2019](https://arxiv.org/abs/1903.08254)",
-}
+NOTES = ROOT / "benchmark" / "notes"
+PAGES = [ROOT / "README.md", ROOT / "benchmark" / "README.md", *sorted(NOTES.glob("*.md"))]
 NEW = {  # in each, against the one before
-    "sac_ae": "SAC; an encoder that critic and reconstruction train",
+    "sac_ae": "SAC, and an encoder that the critic and a reconstruction train",
     "sac_gaara": "a contrastive loss between two crops; CURL and RAD by switches",
     "slac": "a latent model of sequences in place of the autoencoder",
-    "dreamerv2": "a recurrent model, in which the policy learns without images",
-    "pearl_pixels": "SAC again, over many tasks, with an inferred task variable",
+    "dreamerv2": "a recurrent model, inside which the policy learns without images",
+    "pearl_pixels": "SAC on many tasks, with an inferred task variable",
 }
 PEERS = {  # file in results/speed: (what is timed, the other code)
     "sac_ae": ("`sac_ae.py`", "pytorch_sac_ae"),
     "sac_gaara": ("`sac_gaara.py`", "SAC-GAARA"),
-    "sac_gaara-curl": ("the same as CURL, batches of 128", "curl"),
+    "sac_gaara-curl": ("`sac_gaara.py` as CURL, batches of 128", "curl"),
     "slac": ("`slac.py`", "slac.pytorch, a port"),
     "dreamerv2": ("`dreamerv2.py`, equal networks, batches, horizon", "dreamer-torch, a port"),
     "pearl_pixels": ("`pearl_pixels.py` from states, 16 tasks of 256 transitions", "oyster"),
 }
-
-
 EQUAL = {  # file in results/equal: (script, the other's repository and commit)
     "pytorch_sac_ae": ("sac_ae", "denisyarats/pytorch_sac_ae", "7fa560e"),
     "SAC-GAARA": ("sac_gaara", "Otsuts/SAC-GAARA", "4a8f240"),
@@ -56,11 +51,22 @@ EQUAL = {  # file in results/equal: (script, the other's repository and commit)
     "dreamer-torch": ("dreamerv2", "jsikyoon/dreamer-torch", "7c2331a"),
     "oyster": ("pearl_pixels", "katerakelly/oyster", "44e20fd"),
 }
+CHEETAH = 6, 17  # actions and numbers of the state of the default tasks
 
 
 def lines_of(name):
     """A script's lines."""
     return (ROOT / f"{name}.py").read_text().splitlines()
+
+
+def docstring(name):
+    return "\n".join(lines_of(name)).split('"""')[1]
+
+
+def measured(file):
+    """{(subject, quantity): number} of a table in results/speed."""
+    with open(RESULTS / "speed" / file, newline="") as rows:
+        return {(r["subject"], r["quantity"]): float(r["value"]) for r in csv.DictReader(rows)}
 
 
 def rows_to_table(*rows):
@@ -69,87 +75,179 @@ def rows_to_table(*rows):
     return [head, "| - " * len(rows[0]) + "|", *body]
 
 
+# ---- README.md ---------------------------------------------------------------------------------
+
+
+def screen():
+    """What the first run prints, by the recorded smoke run with seed 1."""
+    folder = RESULTS / "smoke" / "sac_ae"
+    run = json.loads((folder / "meta.json").read_text())["runs"][0]
+    with open(folder / "seed1.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    first, *_, last = [
+        f"{int(row['frames']):,} frames: evaluation {float(row['eval/return']):.1f} +- "
+        f"{float(row['eval/return_std']):.1f}"
+        for row in rows
+        if row["eval/return"]
+    ]
+    row = next(row for row in rows if int(row["frames"]) > 0.8 * run["frames"])
+    seconds = float(row["time/wall_s"])
+    text = f"{int(row['frames']):,} frames, {int(row['updates']):,} updates, "
+    text += f"{int(row['frames']) / seconds:.0f} frames/s, return {float(row['train/return']):.1f}"
+    form = "{percentage:3.0f}%|{bar:20}| {desc} [{elapsed}<{remaining}]"  # the script's
+    counts = int(row["updates"]), run["updates"], seconds
+    bar = tqdm.format_meter(*counts, prefix=text, bar_format=form).replace(": [", " [")
+    run_dir = f"runs/{run['env_id']}__sac_ae__1__20260101-120000"
+    numbers = {key: run[key] for key in ("env_id", "script", "seed", "device")}
+    numbers["run_dir"] = run_dir
+    for key in ("frames", "updates", "wall_s", "random_return", "eval_return"):
+        numbers[key] = round(run[key], 1)
+    return [
+        "```",
+        f"{run['env_id']}, seed 1, {run['device']}, in {run_dir}",
+        f"random policy: {run['random_return']:.1f} over 10 episodes",
+        first,
+        bar,
+        last,
+        f"summary {json.dumps(numbers)}",
+        "```",
+    ]
+
+
 def scripts():
-    """What each script is, its size, what its smoke runs of seeds 1, 2, 3 reached."""
-    heads = ["script", "algorithm", "new in it", "lines (networks, losses, update)"]
-    heads += ["smoke run, seeds 1, 2, 3 (random policy; PEARL: without context)"]
-    heads += ["published, cheetah-run / walker-walk at 500,000 frames (own)"]
-    rows = [heads]
+    """The scripts in the order in which to read them."""
+    rows = [("file", "lines", "of these networks and Agent", "new in it")]
     for name in SCRIPTS:
         lines = lines_of(name)
         first, last = (
             next(i for i, line in enumerate(lines) if line.startswith(f"# ---- {word}"))
             for word in ("networks", "environment")
         )
-        runs = json.loads((RESULTS / "smoke" / name / "meta.json").read_text())["runs"]
-        pearl = "return_by_context" in runs[0]
-        returns = ", ".join(f"{run['eval_return']:.0f}" for run in runs)
-        random = [run["return_by_context"][0][0] if pearl else run["random_return"] for run in runs]
-        random = ", ".join(f"{value:.1f}" for value in random)
-        minutes = sorted(run["wall_s"] for run in runs)[1] / 60
-        note = "; after two trajectories" * pearl
-        curves = [
-            report.published(studies.CURVES.get(name), task)
-            for task in ("cheetah-run", "walker-walk")
-        ]
-        scores = [f"{np.interp(5e5, *curve[:2]):.0f}" for curve in curves if curve]
-        row = [f"[`{name}`]({name}.py)", TITLES[name], NEW[name]]
-        row += [f"{len(lines)} ({last - first})"]
-        row += [f"{runs[0]['env_id']} {returns} ({random}) in {minutes:.0f} minutes{note}"]
-        row += [f"{' / '.join(scores)} (none yet)" if scores else ""]
-        rows.append(row)
+        link = f"[`{name}.py`](/{name}.py)"
+        rows.append((link, f"{len(lines):,}", str(last - first), NEW[name]))
     return rows_to_table(*rows)
+
+
+def duration(seconds):
+    hours = seconds / 3600
+    if hours >= 48:
+        return f"{hours / 24:.1f} days"
+    return f"{hours:.0f} hours" if hours >= 2 else f"{60 * hours:.0f} minutes"
+
+
+def costs():
+    """Time, memory and disk of each script's default run: its counts from the script's arguments,
+    its speed from what speed.py measured."""
+    sys.path.insert(0, str(ROOT))
+    heads = ["script", "default run", "2 CPU cores", "RAM", "an H100", "GPU memory", "disk"]
+    rows = [heads]
+    for name in SCRIPTS:
+        module = importlib.import_module(name)
+        args = module.Args()
+        steps = math.ceil(args.total_frames / args.action_repeat)
+        if name == "pearl_pixels":  # as train() counts; a speed is one of steps with their updates
+            visits = len(module.plan(args, 0)), len(module.plan(args, 1))
+            iterations = math.ceil((steps / args.trajectory_steps - visits[0]) / visits[1])
+            episodes = visits[0] + iterations * visits[1]
+            replay, warmup, burst = episodes * (args.trajectory_steps + 1), 0, 0
+        else:
+            replay = steps + args.total_frames // 1000 + 1000
+            warmup, burst = args.warmup_steps, args.pretrain_updates
+        row_bytes = 3 * args.image_size**2 + 4 * (sum(CHEETAH) + 2) + 8
+        disk = replay * row_bytes / 2**30
+        cells = [f"{args.total_frames:,} frames, {args.env_id}"]
+        for file, subject, updates in (
+            ("cpu.csv", name, "updates/s"),
+            ("h100.csv", f"{name} --precision bf16", "updates/s, captured"),
+        ):
+            speed = measured(file)
+            seconds = (steps - warmup) / speed[subject, "steps/s, end to end"]
+            seconds += burst / speed[subject, updates]
+            gib = speed[subject, "peak GiB"] + disk * (file == "h100.csv")
+            cells += [duration(seconds), f"{gib:.1f} GiB"]
+        rows.append((f"`{name}.py`", *cells, f"{disk:.1f} GiB"))
+    return rows_to_table(*rows)
+
+
+# ---- the pages of the algorithms ---------------------------------------------------------------
 
 
 def picture(name):
     """The data flow as the script's docstring draws it."""
-    text = "\n".join(lines_of(name)).split('"""')[1]
-    drawn = [part for part in text.split("\n\n") if part.startswith("    ")][0]
+    drawn = [part for part in docstring(name).split("\n\n") if part.startswith("    ")][0]
     return ["```", *(line[4:] for line in drawn.strip("\n").splitlines()), "```"]
 
 
-def trains():
+def trains(name):
     """What moves by one step on a loss: TRAINS in tests/conftest.py, which tests hold."""
     sys.path.insert(0, str(ROOT / "tests"))
     from conftest import TRAINS
 
-    rows = [("script", "loss: what its step moves")]
-    for name, losses in TRAINS.items():
-        cells = [
-            f"{loss}: " + ", ".join(f"`{part}`" for part in sorted(parts))
-            for loss, parts in losses.items()
-        ]
-        rows.append((f"`{name}`", "; ".join(cells)))
-    return rows_to_table(*rows)
+    losses = dict(TRAINS["sac_ae"] if name == "sac_gaara" else {}) | TRAINS[name]
+    cells = [(loss, ", ".join(f"`{p}`" for p in sorted(ps))) for loss, ps in losses.items()]
+    return rows_to_table(("loss", "what a step on it moves"), *cells)
 
 
-def equations():
-    """The lines that carry the name of an equation or a line of an algorithm."""
-    rows = [("script", "equation and line")]
+def deviations(name):
+    """What the docstring lists as differing from paper and authors' code; each number links to the
+    first line that carries it, or to the docstring."""
+    lines, items = lines_of(name), []
+    end = [i for i, line in enumerate(lines, 1) if line == '"""'][0]
+    for text in re.findall(r"^(D\d+ +.+(?:\n    .+)*)", docstring(name), re.M):
+        number, text = " ".join(text.split()).split(" ", 1)
+        places = [i for i, line in enumerate(lines, 1) if re.search(rf"\b{number}\b", line)]
+        place = next((i for i in places if i > end), places[0])
+        items.append(f"- [{number}](/{name}.py#L{place}) {text}")
+    return items
+
+
+def equations(name):
+    """The lines that carry the name of an equation, and those of an algorithm in its order."""
+    found = []
+    for i, line in enumerate(lines_of(name), 1):
+        code, _, comment = line.partition("  # ")
+        for tag in re.findall(r"\[([A-Z][\w+&]* [^\]\n]+)\]", comment):
+            text = code.strip().replace("|", "\\|")
+            step = "alg. " in tag
+            key = step, *(int(n) for n in re.findall(r"\d+", tag) if step)
+            found.append((key, (tag, f"[{i}](/{name}.py#L{i})", f"`{text}`")))
+    rows = [row for _, row in sorted(found, key=lambda item: item[0])]
+    return rows_to_table(("equation", "line", "code"), *rows)
+
+
+def published(file, *frames):
+    """Returns of published/FILE.csv at these numbers of frames; tasks or algorithms are rows,
+    whichever are more."""
+    with open(ROOT / "benchmark" / "published" / f"{file}.csv", newline="") as lines:
+        rows = list(csv.DictReader(lines))
+    value = {(r["algorithm"], r["env_id"], int(r["frames"])): float(r["mean"]) for r in rows}
+    heads, sides = (list(dict.fromkeys(r[key] for r in rows)) for key in ("algorithm", "env_id"))
+    swap = len(heads) > len(sides)
+    if swap:
+        heads, sides = sides, heads
+    table = [("algorithm" if swap else "task", *heads)]
+    for side in sides:
+        keys = [(side, head) if swap else (head, side) for head in heads]
+        numbers = [[value.get((*key, int(f))) for f in frames] for key in keys]
+        cells = [" / ".join("-" if v is None else f"{v:.0f}" for v in vs) for vs in numbers]
+        table.append((side, *("" if set(cell) <= set("- /") else cell for cell in cells)))
+    return rows_to_table(*table)
+
+
+# ---- results.md --------------------------------------------------------------------------------
+
+
+def smoke():
+    """What the smoke runs of seeds 1, 2, 3 reached."""
+    heads = ["script", "task", "frames", "random policy (PEARL: no context)", "return", "minutes"]
+    rows = [heads]
     for name in SCRIPTS:
-        found = {}
-        for i, line in enumerate(lines_of(name), 1):
-            for tag in re.findall(r"\[([A-Z][\w+&]* [^\]\n]+)\]", line.partition("  # ")[2]):
-                found.setdefault(tag, []).append(f"[{i}]({name}.py#L{i})")
-        cells = [f"{tag} {', '.join(places)}" for tag, places in found.items()]
-        rows.append((f"`{name}`", "; ".join(cells)))
-    return rows_to_table(*rows)
-
-
-def deviations():
-    """What the docstrings list as differing from papers and authors' code, a cell per script; each
-    number links to its place."""
-    rows, seen = [("script", "differences, and our choice")], set()
-    for name in SCRIPTS:
-        lines, cells = lines_of(name), []
-        for text in re.findall(r"^(D\d+ +.+(?:\n    .+)*)", "\n".join(lines).split('"""')[1], re.M):
-            number, text = " ".join(text.split()).split(" ", 1)
-            if text in seen:
-                continue  # SAC+GAARA begins with SAC+AE's
-            seen.add(text)
-            places = [i for i, line in enumerate(lines, 1) if re.search(rf"\b{number}\b", line)]
-            cells.append(f"[{number}]({name}.py#L{places[-1]}) {text}")
-        rows.append((f"`{name}`", "<br>".join(cells)))
+        runs = json.loads((RESULTS / "smoke" / name / "meta.json").read_text())["runs"]
+        random = [r.get("return_by_context", [[r["random_return"]]])[0][0] for r in runs]
+        minutes = sorted(run["wall_s"] for run in runs)[len(runs) // 2] / 60
+        texts = [f"{runs[0]['frames']:,}", ", ".join(f"{v:.1f}" for v in random)]
+        texts += [", ".join(f"{run['eval_return']:.0f}" for run in runs), f"{minutes:.0f}"]
+        rows.append((f"[`{name}.py`](/benchmark/results/smoke/{name})", runs[0]["env_id"], *texts))
     return rows_to_table(*rows)
 
 
@@ -160,27 +258,28 @@ def equality():
         text = (RESULTS / "equal" / f"{stem}.txt").read_text()
         largest = max(float(x) for x in re.findall(r"(?:difference|relative) (\d.*e[-+]\d+)", text))
         link = f"[{repository}](https://github.com/{repository}) ({commit})"
-        rows.append((f"`{name}.py`", link, f"[{largest:.0e}](results/equal/{stem}.txt)"))
+        place = f"/benchmark/results/equal/{stem}.txt"
+        rows.append((f"`{name}.py`", link, f"[{largest:.0e}]({place})"))
     return rows_to_table(*rows)
 
 
-def speed():
+# ---- speed.md ----------------------------------------------------------------------------------
+
+
+def peers():
     """Ratios to the authors' code, from what speed.py printed."""
-    rows = [("two updates, batches drawn", "ours", "theirs", "")]
+    rows = [("two updates, batches drawn", "the other code", "ours", "theirs", "")]
     for stem, (ours, theirs) in PEERS.items():
         text = (RESULTS / "speed" / f"{stem}.txt").read_text()
-        mine, other = (float(ms) / 1000 for ms in re.findall(r"two updates +(\d+\.\d+)", text))
+        times = [float(ms) / 1000 for ms in re.findall(r"two updates +(\d+\.\d+)", text)]
         ratio = re.search(r"the authors': (\d+\.\d\d)x", text)[1]
-        rows.append((f"{ours}; {theirs}", f"{mine:.2f} s", f"{other:.2f} s", f"{ratio} times"))
+        rows.append((ours, theirs, *(f"{time:.2f} s" for time in times), f"{ratio} times"))
     return rows_to_table(*rows)
 
 
 def rates():
     """What speed.py measured on a CPU, at the default configurations."""
-    with open(RESULTS / "speed" / "cpu.csv", newline="") as file:
-        cells = {
-            (row["subject"], row["quantity"]): float(row["value"]) for row in csv.DictReader(file)
-        }
+    cells = measured("cpu.csv")
     heads = [q for q in dict.fromkeys(q for _, q in cells) if not q.startswith("ms, ")]
     rows = [
         (f"`{name}.py`", *(f"{cells[name, q]:,.{2 * (cells[name, q] < 100)}f}" for q in heads))
@@ -191,60 +290,64 @@ def rates():
 
 def gpu():
     """What speed.py measured on a GPU: updates/s eager and captured, and the rest in bf16."""
-    with open(RESULTS / "speed" / "h100.csv", newline="") as file:
-        cells = {
-            (*row["subject"].split(" --precision "), row["quantity"]): float(row["value"])
-            for row in csv.DictReader(file)
-        }
-    captured = "updates/s, captured"
+    cells = measured("h100.csv")
+    captured, ratio = "updates/s, captured", "two updates, captured, times as fast as the peer's"
     columns = {
         "updates/s, eager": ("fp32", "updates/s"),
         **{f"captured, {p}": (p, captured) for p in ("fp32", "tf32", "bf16")},
         "steps/s, end to end, bf16": ("bf16", "steps/s, end to end"),
         "busy with updates": ("bf16", "busy with updates"),
         "peak GiB": ("bf16", "peak GiB"),
-        **{
-            f"{p} against the other code": (p, "two updates, captured, times as fast as the peer's")
-            for p in ("fp32", "bf16")
-        },
+        **{f"{p} against the other code": (p, ratio) for p in ("fp32", "bf16")},
     }
     rows = []
     for name in SCRIPTS:
-        values = [cells.get((name, *column)) for column in columns.values()]
+        values = [cells.get((f"{name} --precision {p}", q)) for p, q in columns.values()]
         texts = ["" if v is None else f"{v:,.{1 * (v < 100) + (v < 10)}f}" for v in values]
-        rows.append((f"[`{name}.py`](results/speed/h100/{name}.txt)", *texts))
+        rows.append((f"[`{name}.py`](/benchmark/results/speed/h100/{name}.txt)", *texts))
     return rows_to_table(("default configuration", *columns), *rows)
 
 
-def differences():
-    """How much differs between two scripts, and the page that shows it."""
-    rows = [("pair", "lines added", "removed", "hunks")]
+# ---- benchmark/README.md -----------------------------------------------------------------------
+
+
+def pairs():
+    """How much differs between two scripts, and the command that shows it."""
+    rows = [("command", "lines added", "removed", "hunks")]
     for a, b in diff.PAIRS:
         counts = diff.counts(diff.read(a), diff.read(b))
-        rows.append((f"[{a}, {b}](diffs/{a}-{b}.html)", *map(str, counts)))
+        rows.append((f"`python benchmark/diff.py {a} {b}`", *map(str, counts)))
     return rows_to_table(*rows)
 
 
-def mended(path):
-    """The text of a README as it should be; raises where a link's text is not that of one line."""
-    text = path.read_text()
+# ---- mending -----------------------------------------------------------------------------------
+
+
+def mended(path, text=None):
+    """The text of a page as it should be; raises where a link's text is not that of one line."""
+    text = path.read_text() if text is None else text
+    up = os.path.relpath(ROOT, path.parent)
+    wrong = []
 
     def block(match):
         name, *words = match[1].split()
         made = "\n".join(globals()[name](*words))
+        made = made.replace("](/", "](" if up == "." else f"]({up}/")
         return f"<!-- docs.py {match[1]} -->\n{made}\n"
 
     def anchor(match):
         code, file = match[1], match[2]
-        found = [
-            i for i, line in enumerate((ROOT / file).read_text().splitlines(), 1) if code in line
-        ]
+        lines = (path.parent / file).read_text().splitlines()
+        found = [i for i, line in enumerate(lines, 1) if code in line]
         if len(found) != 1:
-            raise ValueError(f"{path.name}: `{code}` stands in {len(found)} lines of {file}")
-        return f"[`{code}`]({file}#L{found[0]})"
+            wrong.append(f"{path.name}: `{code}` stands in {len(found)} lines of {file}")
+        return f"[`{code}`]({file}#L{found[0] if found else 0})"
 
     text = re.sub(r"<!-- docs.py (.*?) -->\n(.+\n)*", block, text)
-    return re.sub(r"\[`([^`]+)`\]\((\w+\.py)#L\d+\)", anchor, text)
+    text = re.sub(r"\[`([^`]+)`\]\(([\w./]+\.py)#L\d+\)", anchor, text)
+    if wrong:
+        raise ValueError("\n".join(wrong))
+    return text
 
 
 def draw(path):
@@ -280,7 +383,7 @@ def main():
     parser.add_argument("--check", action="store_true", help="change nothing")
     args = parser.parse_args()
     stale = []
-    for path in (ROOT / "README.md", ROOT / "benchmark" / "README.md"):
+    for path in PAGES:
         text = mended(path)
         if text != path.read_text():
             stale.append(path.name)
@@ -288,7 +391,6 @@ def main():
                 path.write_text(text)
     if not args.check:
         draw(RESULTS / "smoke" / "metrics.png")
-        diff.write(diff.PAIRS, diff.DIFFS)
     print("stale: " + ", ".join(stale) if stale else "nothing was stale")
     return int(args.check and bool(stale))
 

@@ -345,11 +345,9 @@ def dreamer(script, folder, args):
     then returns of imagined states and their gradient in the actor."""
     print("set equal: no free nats, so that the KL has a gradient; no decay of weights, as theirs")
     print("never acts; the epsilon of LayerNorm; the order of the returns, as theirs come out last")
-    print("one first; their actions, which are not truncated and carry no gradient, are ours, with")
-    print(
-        "the gradient of mean + deviation * noise. Left out: the actor's loss, in which they take"
-    )
-    print("the return one step before and the entropy of a normal that is not truncated.")
+    print("one first; the noise of their actions, which are mean + deviation * noise, so that they")
+    print("are ours, as their normal is not truncated. Left out: the actor's loss, in which they")
+    print("take the return one step before, and the entropy of a normal that is not truncated.")
     module, tools = authors.load(folder)
     torch.set_default_dtype(torch.float64)
     model, behavior = authors.make_agent(module, folder, "cpu")
@@ -367,10 +365,11 @@ def dreamer(script, folder, args):
 
     def show(key, one, two, scale=1.0):
         differences.append((one - two).abs().max().item() / scale)
-        print(
-            f"    {key:28}{one.double().mean().item():20.10f} {two.double().mean().item():20.10f}"
-            f"   difference {differences[-1]:.1e}"
-        )
+        means = f"{one.double().mean().item():20.10f} {two.double().mean().item():20.10f}"
+        print(f"    {key:28}{means}   difference {differences[-1]:.1e}")
+
+    def flat(tensors):
+        return torch.cat([tensor.flatten() for tensor in tensors])
 
     for update in range(2):
         data = authors.dreamer_batch(update)
@@ -383,14 +382,11 @@ def dreamer(script, folder, args):
         }
         start, _, logged = model._train(data)
         assert not queue
-        obs = torch.as_tensor(data["image"]).permute(0, 1, 4, 2, 3)
-        is_first = torch.zeros(16, 50, dtype=torch.bool)
-        is_first[:, 0] = True
         batch = {
-            "obs": obs,
+            "obs": torch.as_tensor(data["image"]).permute(0, 1, 4, 2, 3),
             "action": torch.as_tensor(data["action"]).double(),
             "reward": torch.as_tensor(data["reward"]).double()[..., None],
-            "is_first": is_first,
+            "is_first": torch.arange(50).expand(16, 50) == 0,
             "discount": torch.ones(16, 50, 1),
         }
         ours.rssm.noise = lambda *shape, u=uniform: (
@@ -402,24 +398,17 @@ def dreamer(script, folder, args):
         ours.rssm.observe = observe
         print(f"update {update + 1}")
         for key in ("image", "reward"):
-            show(
-                f"loss/{key}",
-                metrics[f"loss/{key}"],
-                torch.as_tensor(logged[f"{key}_loss"]),
-                scale=max(1.0, abs(float(logged[f"{key}_loss"]))),
-            )
+            theirs = torch.as_tensor(logged[f"{key}_loss"])
+            show(f"loss/{key}", metrics[f"loss/{key}"], theirs, scale=max(1.0, abs(theirs.item())))
         show("KL", metrics["stat/kl"], torch.as_tensor(logged["kl"]))
         show("posterior's logits", states[0][2], start["logit"])
         show("recurrent state", states[0][1], start["deter"])
-        for part, modules in parts.items():
-            if part not in ("actor", "target critic"):
-                show(
-                    f"parameters of {part}",
-                    *(
-                        torch.cat([p.flatten() for m in side for p in m.parameters()])
-                        for side in zip(*modules, strict=True)
-                    ),
-                )
+        for part in ("encoder", "decoder", "reward", "RSSM"):
+            sides = zip(*parts[part], strict=True)
+            show(
+                f"parameters of {part}",
+                *(flat(p for m in s for p in m.parameters()) for s in sides),
+            )
     for part in ("actor", "target critic"):
         for a, b in parts[part]:
             b.load_state_dict(a.state_dict())
@@ -433,10 +422,10 @@ def dreamer(script, folder, args):
         actions.append(action.detach())
         return action, entropy
 
-    def reparameterised(self, *_):
+    def rsample(self, _):
         return self.loc + self.scale * ((actions.pop(0) - self.loc) / self.scale).detach()
 
-    script.truncated_normal, tools.SafeTruncatedNormal.sample = remember, reparameterised
+    script.truncated_normal, tools.SafeTruncatedNormal.rsample = remember, rsample
     z, h, logits = (x.detach() for x in states[0][:3])
     features, _ = ours.imagine(z.flatten(0, 1), h.flatten(0, 1))
     discount, our_weights = ours.discounts(features, torch.ones(800))
@@ -457,8 +446,8 @@ def dreamer(script, folder, args):
     show("states", features, theirs)
     show("weights", our_weights, weights[..., 0])
     show("returns", returns, targets)
-    one, two = (torch.cat([g.flatten() for g in side]) for side in (our_gradient, gradient))
-    show("gradient of the returns' sum", one, two, scale=two.abs().max().item())
+    gradient = flat(gradient)
+    show("gradient of their sum", flat(our_gradient), gradient, scale=gradient.abs().max().item())
     return differences
 
 

@@ -44,7 +44,9 @@ def environment(module, args):
     import numpy as np
 
     env = module.PixelEnv(args)
-    fast = module.PixelEnv(dataclasses.replace(args, render="fast"))
+    exact, fast = (
+        module.PixelEnv(dataclasses.replace(args, render=render)) for render in ("exact", "fast")
+    )
     raw = module.load_task(args.env_id, np.random.RandomState(1))
     raw.reset()
     action, size = np.zeros(env.spec.action_dim, np.float32), args.image_size
@@ -56,7 +58,7 @@ def environment(module, args):
     return env, {
         "physics": lambda: raw.reset() if raw.step(action).last() else None,
         "physics.render": lambda: raw.physics.render(size, size, camera_id=0),
-        "render exact": lambda: env.render(size),
+        "render exact": lambda: exact.render(size),
         "render fast": lambda: fast.render(size),
         "env step": step,
     }
@@ -94,7 +96,6 @@ def own(name, env_id, flags, folder):
     if not pearl:
         flags = ["--pretrain-updates", "0", "--env-id", env_id, *flags]
     args, _ = module.parse_args(flags)
-    module.choose_device(args)
     env, calls = environment(module, args)
     agent, buffer, rng = filled(module, args, env.spec, folder)
 

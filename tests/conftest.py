@@ -112,8 +112,8 @@ def run_here(name, flags, status=0):
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         assert importlib.import_module(name).main(str(flags).split()) == status, out.getvalue()
-    word, _, numbers = out.getvalue().splitlines()[-1].partition(" ")
-    return json.loads(numbers) if word == "summary" else None
+    _, found, numbers = out.getvalue().rpartition("summary ")
+    return json.loads(numbers) if found else None
 
 
 def metrics(run_dir):

@@ -11,7 +11,7 @@ import sac_ae as script  # test_shared.py: the text is the same in every script
 
 def make(env_id, repeat=4, size=84, render="exact", **options):
     args = SimpleNamespace(
-        env_id=env_id, action_repeat=repeat, image_size=size, render=render, obs="pixels"
+        env_id=env_id, action_repeat=repeat, image_size=size, render=render, obs="pixels", seed=1
     )
     return script.PixelEnv(args, **options)
 
@@ -99,8 +99,12 @@ def test_every_task_of_the_suite_runs():
 
 
 @pytest.mark.deep
-def test_lqr_ends():
-    env = make("lqr-lqr_2_1", pixels=False, repeat=50)
+def test_lqr_ends_and_is_the_same_task_each_time():
+    """Its stiffness is drawn when the task is made."""
+    env, again = (make("lqr-lqr_2_1", pixels=False, repeat=50) for _ in range(2))
+    assert np.array_equal(
+        env.env.physics.model.jnt_stiffness, again.env.physics.model.jnt_stiffness
+    )
     step, count = env.reset(0), 0
     while not step.last:
         step, count = env.step(np.ones(1)), count + 1
