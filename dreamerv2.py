@@ -150,7 +150,6 @@ class Args:
     critic_lr: float = 8e-5  # Adam's learning rate for the critic (code 8e-5)
     weight_decay: float = 1e-6  # share that a weight loses per update, at any rate (paper 1e-6)
     target_every_updates: int = 100  # target networks move at every Nth update (critic's; 100)
-    )
     # switches for data efficiency, all off
     model_every_updates: int = 1  # the model moves at every Nth update
     behavior_every_updates: int = 1  # actor and critic move at every Nth update

@@ -17,6 +17,7 @@ import math
 import os
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 import diff
@@ -197,7 +198,8 @@ def deviations(name):
         number, text = " ".join(text.split()).split(" ", 1)
         places = [i for i, line in enumerate(lines, 1) if re.search(rf"\b{number}\b", line)]
         place = next((i for i in places if i > end), places[0])
-        items.append(f"- [{number}](/{name}.py#L{place}) {text}")
+        item = f"- [{number}](/{name}.py#L{place}) {text}"
+        items += textwrap.wrap(item, 140, subsequent_indent="  ", break_on_hyphens=False)
     return items
 
 

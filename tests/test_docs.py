@@ -1,6 +1,6 @@
-"""The READMEs do not rot: generated parts are fresh, commands parse, links lead somewhere, and the
-exercises' bugs are each caught by the test that is named for them."""
+"""The pages do not rot: sizes, generated parts, links, commands, metrics, differences, messages."""
 
+import functools
 import importlib
 import re
 import shlex
@@ -8,167 +8,193 @@ import subprocess
 import sys
 
 import exercises
-import numpy as np
 import pytest
 import tyro
 from conftest import ROOT, SCRIPTS
 
 sys.path.insert(0, str(ROOT / "benchmark"))
 import docs
+import studies
 
-READMES = [ROOT / "README.md", ROOT / "benchmark" / "README.md"]
+README, INDEX, *NOTES = docs.PAGES
+TEXT = {name: (ROOT / f"{name}.py").read_text() for name in SCRIPTS}
+page = pytest.mark.parametrize("path", docs.PAGES, ids=lambda path: path.stem)
+script = pytest.mark.parametrize("name", SCRIPTS)
 
 
-@pytest.mark.parametrize("path", READMES, ids=str)
+def section(path, heading):
+    return path.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+def rows(text):
+    """Cells of the rows of tables; a bar that is written \\| belongs to its cell."""
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
+
+
+@page
+def test_sizes(path):
+    text = path.read_text()
+    lines = text.splitlines()
+    if path == README:
+        assert len(text.encode()) <= 12 * 1024 and len(lines) <= 160
+    assert path != INDEX or len(lines) <= 120
+    assert [line for line in lines if len(line) > 300 and not line.startswith("|")] == []
+    assert [cell for row in rows(text) for cell in row if len(cell) > 160] == []
+    assert not re.search(r"/(work|root|home|tmp)/", text)  # paths of somebody's machine
+
+
+@page
 def test_generated_parts_are_fresh(path):
     """`python benchmark/docs.py` mends them."""
     assert docs.mended(path) == path.read_text()
 
 
-def test_the_first_page_stays_short():
-    assert len(READMES[0].read_text().splitlines()) <= 350
+def test_a_stale_part_is_noticed():
+    path = docs.NOTES / "sac_ae.md"
+    text = path.read_text()
+    for old, new in (("| critic | ", "| cri | "), ("sac_ae.py#L", "sac_ae.py#L1")):
+        assert docs.mended(path, text.replace(old, new, 1)) == text != text.replace(old, new, 1)
+    with pytest.raises(ValueError, match="stands in 0 lines"):
+        docs.mended(path, text.replace("[`moved_by_actor = ", "[`moved_by_nobody = "))
 
 
-def test_a_stale_part_is_noticed(tmp_path):
-    text = READMES[0].read_text()
-    for old, new in (("| `slac` | KL", "| `slac` | K"), ("sac_ae.py#L", "sac_ae.py#L1"),
-                     ("[`sac_ae`](sac_ae.py) | SAC+AE", "[`sac_ae`](sac_ae.py) | SAC")):
-        path = tmp_path / "README.md"
-        path.write_text(text.replace(old, new, 1))
-        assert path.read_text() != text and docs.mended(path) == text
-    path.write_text(text.replace("[`self.moved_by_actor = convs if`]", "[`self.moved_by`]"))
-    with pytest.raises(ValueError, match="stands in"):
-        docs.mended(path)
-
-
+@pytest.mark.deep
 def test_the_picture_of_metrics_is_fresh(tmp_path):
     pytest.importorskip("matplotlib")
     import imageio.v3 as imageio
 
     docs.draw(tmp_path / "metrics.png")
-    one, two = (imageio.imread(path)[..., :3].astype(float) for path in (
-        tmp_path / "metrics.png", docs.RESULTS / "smoke" / "metrics.png"))
-    assert one.shape == two.shape and np.abs(one - two).mean() < 1
+    pair = tmp_path / "metrics.png", docs.RESULTS / "smoke" / "metrics.png"
+    one, two = (imageio.imread(path)[..., :3].astype(float) for path in pair)
+    assert one.shape == two.shape and abs(one - two).mean() < 1
 
 
 def test_recorded_equality_with_other_code():
     """benchmark/results/equal: what equal.py printed, with the command and the commits."""
     paths = sorted((docs.RESULTS / "equal").glob("*.txt"))
-    assert len(paths) == 7
+    assert {path.stem for path in paths} == docs.EQUAL.keys()
     for path in paths:
         text = path.read_text()
         difference = float(re.search(r"largest difference of all: (\S+)", text)[1])
-        assert difference < (1e-5 if "slac" in path.name else 1e-9), path.name
+        assert difference < (1e-5 if "slac" in path.name else 1e-11), path.name  # README's claim
         assert text.startswith("$ python benchmark/equal.py") and "commit " in text
 
 
-def anchors(path):
-    """GitHub's names of a file's headings."""
-    heads = re.findall(r"^#+ (.*)$", path.read_text(), re.M)
-    return {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads}
+def test_the_claimed_speed_is_what_was_recorded():
+    ratios = [float(row[4].split()[0]) for row in rows("\n".join(docs.peers()))[2:]]
+    assert f"[{min(ratios):.1f} to {max(ratios):.1f} times]" in README.read_text()
 
 
-@pytest.mark.parametrize("path", READMES, ids=str)
+@page
 def test_every_relative_link_leads_somewhere(path):
-    links = re.findall(r"\]\(([^)]+)\)", path.read_text())
-    assert len(links) > 20
-    for link in links:
+    """To a file, a line of it, a heading, and for the name of a test to a file that has it."""
+    for words, link in re.findall(r"\[([^][]*)\]\(([^)]+)\)", path.read_text()):
         target, _, place = link.partition("#")
-        if not target.startswith("http"):
-            file = path.parent / target if target else path
-            assert file.exists(), link
-            if re.fullmatch(r"L\d+", place):
-                assert int(place[1:]) <= len(file.read_text().splitlines()), link
-            elif place:
-                assert place in anchors(file), link
+        if target.startswith("http"):
+            continue
+        file = path.parent / target if target else path
+        assert file.exists(), link
+        if re.fullmatch(r"L\d+", place):
+            assert int(place[1:]) <= len(file.read_text().splitlines()), link
+        elif place:  # GitHub's names of headings
+            heads = re.findall(r"^#+ (.*)$", file.read_text(), re.M)
+            names = [re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in heads]
+            assert place in names, link
+        if words.startswith("`test_") and not words.endswith(".py`"):
+            assert f"def {words.strip('`')}(" in file.read_text(), words
 
 
-def commands():
-    """Lines of the READMEs' code blocks and all that stands in backticks and begins so."""
-    for path in READMES:
-        text = path.read_text().replace("\\\n", " ")
-        for block in re.findall(r"```bash\n(.*?)```", text, re.S):
-            yield from block.strip().splitlines()
-        yield from re.findall(r"`((?:python|uv run) [^`]+)`", text)
+@functools.cache
+def help_of(tool):
+    """A tool's help; the text of one that has none."""
+    command = [sys.executable, ROOT / tool, "--help"]
+    text = (ROOT / tool).read_text()
+    if "argparse" in text:
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return text
 
 
-def test_every_command_parses(capsys):
-    """The scripts' flags by their own parser, of tools by --help; modules by name."""
-    seen = set()
-    for line in commands():
+@page
+def test_every_command_parses(path):
+    """The scripts' flags by their own parser, those of tools by --help, studies by name."""
+    text = path.read_text().replace("\\\n", " ")
+    lines = [
+        line for block in re.findall(r"```bash\n(.*?)```", text, re.S) for line in block.split("\n")
+    ]
+    lines += re.findall(r"`((?:python|uv run|pip) [^`]+)`", text)
+    for line in filter(None, lines):
         for part in line.split(" && "):
-            words = shlex.split(part)
-            if words[0] == "uv":
-                words = ["python", *words[2:]]
-            if words[0] in ("python", "python3") and words[1].endswith(".py"):
-                assert (ROOT / words[1]).exists(), line
-                stem, flags = words[1].removesuffix(".py"), words[2:]
-                seen.add(stem)
-                if stem in SCRIPTS:
-                    tyro.cli(importlib.import_module(stem).Args, args=flags)
-                elif "/" in stem:
-                    command = [sys.executable, str(ROOT / words[1]), "--help"]
-                    text = subprocess.run(command, capture_output=True, text=True).stdout
-                    for flag in [f for f in flags[: [*flags, "--"].index("--")]
-                                 if f.startswith("--")]:  # fmt: skip
-                        assert flag in text or flag == "--fix", line
-            else:
-                assert words[0] in ("python3", "python", ".", "pip", "apt-get", "tensorboard"), line
-                if words[1] == "-m":
-                    assert words[2] in ("venv", "pytest"), line
-    assert seen > {"sac_ae", "benchmark/speed", "benchmark/run", "benchmark/docs"}
+            command, *words = shlex.split(part, comments=True)
+            known = "apt-get cd diff git pip python python3 tensorboard ."
+            assert command in known.split(), line
+            if not command.startswith("python") or words[0] == "-m":
+                continue
+            tool, *flags = words
+            own, _, others = " ".join(flags).partition("-- ")
+            if (stem := tool.removesuffix(".py")) in SCRIPTS:
+                tyro.cli(importlib.import_module(stem).Args, args=flags)
+            assert stem in SCRIPTS or all(
+                flag in help_of(tool) for flag in own.split() if flag.startswith("--")
+            ), line
+            assert not others or tyro.cli(importlib.import_module("slac").Args, args=others.split())
+            named = [word for word in flags if re.match(r"(sac|gaara|slac|dreamerv2|pearl)-", word)]
+            assert set(named) <= studies.STUDIES.keys(), line
 
 
-def test_every_metric_of_the_scripts_is_in_the_glossary():
-    glossary = READMES[0].read_text().split("| metric |")[1].split("\n\n")[0]
-    known = set(re.findall(r"`(\w+/\w+)`", glossary))
-    for name in SCRIPTS:
-        text = (ROOT / f"{name}.py").read_text()
-        names = set(re.findall(r'"((?:loss|stat|train|time)/\w+)"', text))
-        assert names <= known, names - known
+@script
+def test_every_flag_on_a_page_is_one_of_its_script(name):
+    """And flags with values parse, as those of the variants."""
+    module = importlib.import_module(name)
+    fields = {field.name for field in module.dataclasses.fields(module.Args)}
+    for span in re.findall(r"`(--[^`]+)`", (docs.NOTES / f"{name}.md").read_text()):
+        for flag in re.findall(r"--(?:no-)?([a-z][\w-]*)", span):
+            assert flag.replace("-", "_") in fields, span
+        if " " in span:
+            tyro.cli(module.Args, args=span.split())
+
+
+@script
+def test_every_metric_is_in_the_table_of_its_page(name):
+    table = section(docs.NOTES / f"{name}.md", "Metrics")
+    known = {metric for row in rows(table) for metric in re.findall(r"`(\w+/\w+)`", row[0])}
+    text = TEXT[name].replace('f"{prefix}return_{k}"', '"eval/return_k"')
+    text = text.replace('f"{prefix}gain', '"eval/gain').replace('_{k}"', '_k"')
+    used = set(re.findall(r'"((?:loss|stat|train|eval|time)/\w+)"', text))
+    assert len(used) >= 10 and used <= known, used ^ known
+
+
+@script
+def test_every_difference_is_on_its_page_and_marked_where_it_is(name):
+    _, docstring, code = TEXT[name].split('"""', 2)
+    listed = re.findall(r"^(D\d+) ", docstring, re.M)
+    assert listed == [f"D{i}" for i in range(1, len(listed) + 1)] and len(listed) >= 6
+    assert set(re.findall(r"\b(D\d+)\b", code)) <= set(listed)
+    text = (docs.NOTES / f"{name}.md").read_text()
+    assert all(f"[{number}](../../{name}.py#L" in text for number in listed)
 
 
 def test_troubleshooting_quotes_the_scripts():
-    """The errors in its table are ours, word for word but for what is filled in."""
-    source = "".join((ROOT / f"{name}.py").read_text() for name in SCRIPTS)
-    section = READMES[0].read_text().split("## Troubleshooting")[1].split("\n## ")[0]
-    messages = re.findall(r"^\| `error: ([^`]+)`", section, re.M)
-    assert len(messages) >= 7
-    for message in messages:
-        words = message.split(": ")[-1].split()
-        if "is nan" in message or "bazel" in message:
-            continue  # a loss's name; another program's message
-        pieces = [" ".join(words[:3]), " ".join(words[-2:]), " ".join(words[1:3])]
-        assert any(piece in source for piece in pieces), message
+    """Each piece between the dots, word for word; a name stands for what a message is about."""
+    messages = [row[0].strip("`") for row in rows(section(README, "Troubleshooting"))[2:]]
+    assert len(messages) == 8
+    ours = [m for m in messages if m.startswith("error: ") and "bazel" not in m]
+    assert len(ours) >= 6
+    for message in ours:
+        for flag in re.findall(r"--([\w-]+)", message):
+            assert f'"{flag.replace("-", "_")}"' in TEXT["sac_ae"], message
+        text = re.sub(r"error: (--[\w-]+: |\w+/\w+)?|MUJOCO_GL: ", "", message)
+        for piece in text.replace("nan", "...").split("..."):
+            assert piece in TEXT["sac_ae"], message
 
 
-def test_every_difference_is_in_the_readme():
-    text = READMES[0].read_text()
-    for name in SCRIPTS:
-        docstring = (ROOT / f"{name}.py").read_text().split('"""')[1]
-        numbers = re.findall(r"^(D\d+) ", docstring, re.M)
-        assert len(numbers) >= 6
-        for number in numbers:
-            shared = name == "sac_gaara" and int(number[1:]) <= 6  # SAC+AE's
-            assert shared or f"[{number}]({name}.py#L" in text, (name, number)
-
-
-def test_differences_are_marked_where_they_are():
-    """No line names a difference that its docstring does not list in order, D1, D2, ..."""
-    for name in SCRIPTS:
-        _, docstring, code = (ROOT / f"{name}.py").read_text().split('"""', 2)
-        listed = re.findall(r"^(D\d+) ", docstring, re.M)
-        assert listed == [f"D{i}" for i in range(1, len(listed) + 1)]
-        marked = set(re.findall(r"\b(D\d+)\b", code))
-        assert marked <= set(listed), (name, marked)
-
-
+@pytest.mark.deep
 @pytest.mark.parametrize("number", exercises.EXERCISES)
 def test_the_bugs_of_the_exercises_are_caught(number, tmp_path):
     """By the test that is named: it fails with the bug, as it does not in the suite."""
-    right, wrong, name = exercises.EXERCISES[number]
+    _, wrong, name = exercises.EXERCISES[number]
     exercises.plant(number, tmp_path / "copy")
-    assert any((tmp_path / "copy" / f"{s}.py").read_text().count(wrong) for s in SCRIPTS)
+    assert any(wrong in (tmp_path / "copy" / f"{script}.py").read_text() for script in SCRIPTS)
     command = [sys.executable, "-m", "pytest", "-q", "-x", f"tests/{name}"]
     process = subprocess.run(command, cwd=tmp_path / "copy", capture_output=True, text=True)
     assert process.returncode == 1 and "1 failed" in process.stdout, process.stdout[-500:]
