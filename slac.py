@@ -262,9 +262,9 @@ class Gaussian(nn.Module):
         self.stochastic = stochastic
         self.floor = floor
         n = args.hidden_dim
-        first, second = nn.Linear(in_dim, n), nn.Linear(n, n)
-        last = Float32Linear(n, out_dim * (1 + stochastic))
-        self.net = nn.Sequential(first, nn.LeakyReLU(0.2), second, nn.LeakyReLU(0.2), last)
+        first = [nn.Linear(in_dim, n), nn.LeakyReLU(0.2)]
+        second = [nn.Linear(n, n), nn.LeakyReLU(0.2)]
+        self.net = nn.Sequential(*first, *second, Float32Linear(n, out_dim * (1 + stochastic)))
 
     def forward(self, *inputs):
         x = self.net(torch.cat(inputs, -1))

@@ -328,13 +328,14 @@ def pairs():
 def mended(path, text=None):
     """The text of a page as it should be; raises where a link's text is not that of one line."""
     text = path.read_text() if text is None else text
-    up = os.path.relpath(ROOT, path.parent)
     wrong = []
 
     def block(match):
         name, *words = match[1].split()
         made = "\n".join(globals()[name](*words))
-        made = made.replace("](/", "](" if up == "." else f"]({up}/")
+        made = re.sub(
+            r"\]\(/([^)]+)", lambda m: f"]({os.path.relpath(ROOT / m[1], path.parent)}", made
+        )
         return f"<!-- docs.py {match[1]} -->\n{made}\n"
 
     def anchor(match):

@@ -18,14 +18,16 @@ BAD = [  # of every script: flags, the flag that is named, a word of the remedy
     ("--eval-every-frames 0", "--eval-every-frames", "above zero"),
     ("--gamma nan", "--gamma", "finite"),
     ("--gamma 1.5", "--gamma", "at most 1"),
-    ("--replay-capacity 3", "--replay-capacity", "1000"),
     ("--device gpu", "--device", "cuda:1"),
     ("--resume /nowhere", "--resume", "/nowhere"),
     ("--evaluate /nowhere", "--evaluate", "/nowhere"),
     ("--track", "--track", "pip install wandb"),
     ("--runs-dir /dev/null/runs", "--runs-dir", "cannot be made"),
 ]
-SUITE_ONLY = [("--total-frames 900", "--total-frames", "warm-up")]
+SUITE_ONLY = [
+    ("--total-frames 900", "--total-frames", "warm-up"),
+    ("--replay-capacity 3", "--replay-capacity", "1000"),
+]
 FAMILY = [  # of SAC+AE and its descendant
     ("--alpha-beta1 1", "--alpha-beta1", "below 1"),
     ("--conv-strides 2 0", "--conv-strides", "above zero"),
@@ -41,25 +43,25 @@ OWN = {
         *FAMILY,
         ("--crop-size 101", "--image-size", "--crop-size"),
         ("--contrast discriminator --reconstruction none", "--contrast", "--reconstruction"),
-        ("--contrast-step joint --contrast none", "--contrast-step", "add both"),
+        ("--contrast-step joint --contrast none", "--contrast-step", "needs a decoder"),
         ("--contrast-step joint --anneal lr", "--anneal", "use loss"),
     ],
     "slac": [
-        ("--image-size 40", "--image-size", "32 or 48"),
-        ("--z2 recurrent --no-temporal", "--temporal", "--no-temporal"),
+        ("--image-size 40", "--image-size", "multiple of 16"),
+        ("--z2 recurrent --no-temporal", "--temporal", "use --temporal"),
         ("--actions 1", "--actions", "2"),
     ],
     "dreamerv2": [
         ("--image-size 84", "--image-size", "64"),
         ("--sequence-length 251", "--sequence-length", "between 2 and 250"),
         ("--model-every-updates 2 --behavior-every-updates 3", "--model-every-updates", "1"),
-        ("--horizon 1", "--horizon", "at least 2"),
+        ("--horizon 1", "--horizon", "2 at least"),
         ("--spr-weight 1 --sequence-length 5", "--spr-weight", "--sequence-length"),
     ],
     "pearl_pixels": [
         ("--action-repeat 4", "--action-repeat", "leave it out"),
         ("--trajectory-steps 201", "--trajectory-steps", "200"),
-        ("--prior-steps 0", "--prior-steps", "more than 0"),
+        ("--prior-steps 0", "--prior-steps", "raise it"),
         ("--total-frames 20000", "--total-frames", "initial"),
         ("--oracle --latent-dim 1 --env-id reacher-goal", "--latent-dim", "2 numbers"),
     ],

@@ -256,17 +256,13 @@ def test_bfloat16_changes_the_losses_little_and_no_parameters_type(case):
         torch.testing.assert_close(bf16[k], fp32[k], rtol=0.05, atol=0.02, msg=k)
 
 
-def test_values_keep_their_digits_and_weights_that_change_are_converted_anew():
-    """In bfloat16: 300 and 300.2 stay apart; a layer sees its weights as they are now."""
+def test_weights_that_change_in_an_update_are_converted_anew():
+    """Autocast's cache of bfloat16 weights is off."""
     layer, x = torch.nn.Linear(3, 3), torch.randn(2, 3)
-    last = sac_ae.Float32Linear(3, 1)
-    torch.nn.init.zeros_(last.weight)
-    torch.nn.init.constant_(last.bias, 300.2)
     with torch.no_grad(), sac_ae.autocast(SimpleNamespace(device="cpu", precision="bf16")):
         before = layer(x)
         layer.weight.add_(1.0)
         assert not torch.equal(layer(x), before)
-        assert (last(before) - 300.2).abs().max() < 1e-3
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

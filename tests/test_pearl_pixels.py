@@ -54,6 +54,7 @@ def test_the_posterior_does_not_depend_on_the_order_and_keeps_tasks_apart():
     context = [torch.randn(3, 256, n) for n in (4, 2, 1, 4)]
     mu, var = agent.infer(*context)
     torch.testing.assert_close(var, torch.full_like(var, math.log(2) / 256), rtol=0.05, atol=0)
+    assert agent.actor[-1].weight.abs().max() <= 1e-3 < agent.q1[-1].weight.abs().max() <= 3e-3
     order = torch.randperm(256)
     shuffled = agent.infer(*(c[:, order] for c in context))
     torch.testing.assert_close(shuffled, (mu, var), rtol=1e-5, atol=1e-6)
@@ -83,14 +84,6 @@ def test_kl_is_a_sum_over_tasks():
     assert (var == 0).all() and "loss/kl" not in agent.update(batch)
     mu, _ = agent.posterior(batch["context"])
     assert set(mu.flatten().tolist()) <= {np.float32(-math.pi / 2), np.float32(math.pi / 2), 0.0}
-
-
-def test_last_layers_start_near_zero():
-    """Code: networks.py; within 0.003, the actor's within 0.001."""
-    agent, _ = make_agent("--hidden-dim 100")
-    for net, last in ((agent.q1, 3e-3), (agent.v, 3e-3), (agent.actor, 1e-3)):
-        assert len(net) == 7  # three hidden layers
-        assert 0.9 * last < net[-1].weight.abs().max() <= last
 
 
 def column(*values):
@@ -149,8 +142,7 @@ def test_losses_by_hand():
 @pytest.mark.parametrize("critic", ["v", "q"])
 @pytest.mark.parametrize("mode", deep_but(["critic", "cnn"], MODES))
 def test_who_trains_what(mode, critic, monkeypatch):
-    """The README's table: in the order of the updates, the networks with a gradient from a loss are
-    those that it moves."""
+    """The README's table: what each gradient step of an update moves, in their order."""
     agent, batch = make_agent(f"--obs-mode {mode} --critic {critic}")
     steps, minimize = [], script.minimize
 
@@ -172,25 +164,25 @@ def test_who_trains_what(mode, critic, monkeypatch):
 @pytest.mark.parametrize("mode", deep_but(["critic", "cnn-rl"], MODES))
 def test_update_is_algorithm_1(mode, critic):
     """Lines 14 to 21 of the paper's, with what each mode sees written out. z of task t is that of
-    all its rows; the next x comes from the target encoder where x is features."""
+    all its rows; the next x comes from the target encoder where x is features; states are in units
+    of the initial trajectories."""
     flags = f"--obs-mode {mode} --critic {critic} --tau 0.3 --encoder-tau 0.4"
-    (ours, batch), (plain, _) = make_agent(flags), make_agent(flags)
-    for agent in (ours, plain):
-        agent.state_mean.fill_(0.1)
-        agent.state_std.fill_(2.0)
+    _, ours, buffer, rng = tiny_agent("pearl_pixels", flags)
+    plain, _ = make_agent(flags)
+    ours.prepare(buffer)
+    plain.prepare(buffer)
+    batch = ours.sample(buffer, rng)
     torch.manual_seed(5)
     ours.update(batch)
 
     torch.manual_seed(5)
-    opt, features, states = (
-        plain.optimizers,
-        mode in ("ae", "critic"),
-        mode in ("state", "cnn-test"),
-    )
+    opt, pool = plain.optimizers, buffer.columns["state"][:160]
+    features, states = mode in ("ae", "critic"), mode in ("state", "cnn-test")
     mu, var = plain.posterior(batch["context"])
     z = (mu + var.sqrt() * torch.randn(2, 2))[[0, 0, 0, 0, 1, 1, 1, 1]]
     part = {name: values.flatten(0, 1) for name, values in batch["transitions"].items()}
-    state, next_state = (part["state"] - 0.1) / 2, (part["next_state"] - 0.1) / 2
+    state = (part["state"] - pool.mean(0)) / pool.std(0)
+    next_state = (part["next_state"] - pool.mean(0)) / pool.std(0)
     x = state if states else plain.cnn(part["obs"] / 255)
     with torch.no_grad():
         encoder = plain.target_cnn if features else None if states else plain.cnn

@@ -249,5 +249,4 @@ def test_acting_stacks_three_images_and_is_deterministic_without_exploration():
         assert carry[0, ::3, 0, 0].tolist() == [max(0, i - 2), max(0, i - 1), i]
     mu, _ = agent.actor(agent.encoder.convs(carry / 255))
     torch.testing.assert_close(action, torch.tanh(mu)[0])
-    noisy, _ = agent.act(step, carry, explore=True)
-    assert not torch.equal(noisy, action) and noisy.abs().max() <= 1
+    assert not torch.equal(agent.act(step, carry, explore=True)[0], action)

@@ -76,9 +76,9 @@ def test_samples_are_cropped_as_the_release_says(obs_crop):
 def test_acting_sees_the_centre():
     agent, _ = make_agent()
     step = noise_step(script, agent.spec, np.random.default_rng(0), True)
-    action, stack = agent.act(step, None, explore=False)
-    assert stack.shape == (1, 9, 24, 24)
-    mu, _ = agent.actor(agent.encoder.convs(stack[..., 2:22, 2:22] / 255))
+    action, _ = agent.act(step, None, explore=False)
+    centre = torch.as_tensor(step.obs)[:, 2:22, 2:22].repeat(3, 1, 1)[None]
+    mu, _ = agent.actor(agent.encoder.convs(centre / 255))
     torch.testing.assert_close(action, torch.tanh(mu)[0])
 
 
