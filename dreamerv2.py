@@ -1240,7 +1240,7 @@ def train(args, run_dir, stop, payload=None):
     if args.cuda_graph and args.device.startswith("cuda"):
         record(agent, "update", agent.cadence)
         record(agent, "act")
-    logger = Logger(args, run_dir, progress, updates_due(args, total_steps - 1))
+    logger = Logger(args, run_dir, progress, updates_due(args, total_steps))
 
     def random_policy(step, carry):
         return 2 * torch.rand(env.spec.action_dim) - 1, None
@@ -1267,6 +1267,12 @@ def train(args, run_dir, stop, payload=None):
             progress.random_return = returns.mean().item()
             tqdm.write(f"random policy: {progress.random_return:.1f} over 10 episodes")
             save()
+        elif progress.updates < updates_due(args, progress.step):  # a burst
+            update()
+            logger.tick()
+            if progress.updates % 1000 == 0:
+                logger.log({})
+            save(args.checkpoint_every_minutes)
         elif missed or (finished and progress.evaluated < progress.frames):
             returns, video = evaluate(agent.act, eval_env, args.eval_episodes, stop, args.video)
             if stop.signal:
@@ -1281,12 +1287,6 @@ def train(args, run_dir, stop, payload=None):
             logger.show(agent.images(buffer, rng), video, env.fps)
         elif finished:
             break
-        elif progress.updates < updates_due(args, progress.step):  # a burst
-            update()
-            logger.tick()
-            if progress.updates % 1000 == 0:
-                logger.log({})
-            save(args.checkpoint_every_minutes)
         else:
             warm = progress.step >= args.warmup_steps
             act = functools.partial(agent.act, explore=True) if warm else random_policy

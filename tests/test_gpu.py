@@ -231,7 +231,7 @@ def test_uploads_are_queued_on_cuda_alone(monkeypatch):
     sac_ae.upload(np.zeros(3), "cuda:1")
     tensor.pin_memory.return_value.to.assert_called_once_with("cuda:1", non_blocking=True)
     sac_ae.upload(np.zeros(3), "mps")
-    tensor.to.assert_called_once_with("mps")
+    tensor.to.assert_called_once_with("mps", non_blocking=False)
 
 
 def test_bfloat16_changes_the_losses_little_and_no_parameters_type(case):
