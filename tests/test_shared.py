@@ -12,8 +12,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["sac_ae.py", "sac_gaara.py", "slac.py", "dreamerv2.py", "pearl_pixels.py"]
-CAPS = {"sac_ae.py": 1250, "sac_gaara.py": 1370, "slac.py": 1390, "dreamerv2.py": 1530,
-        "pearl_pixels.py": 1615}  # lines  # fmt: skip
+# The design's promise is 1050, 1160, 1180, 1320 and 1460 lines. A trial set it, which lacked what
+# the shared part has beside: one line for each fault of usage, memory, disk and OpenGL; locks,
+# --evaluate, load_agent, Weights & Biases, growing files. These caps hold what is left to shorten.
+CAPS = {
+    "sac_ae.py": 1220,
+    "sac_gaara.py": 1330,
+    "slac.py": 1350,
+    "dreamerv2.py": 1490,
+    "pearl_pixels.py": 1580,
+}
 EACH = tuple(SCRIPTS)
 VARIES = {  # name: (scripts with a text of their own, or two that share one; all others share
     # another, the reason)
