@@ -71,7 +71,13 @@ def start(name, flags, runs, code=None):
         code += "import runpy, sys\ndel sys.argv[0]\n"
         code += "runpy.run_path(sys.argv[0], run_name='__main__')"
         words = [sys.executable, "-c", code, *words[1:]]
-    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(words, **pipes, preexec_fn=hear_ctrl_c)
+
+
+def hear_ctrl_c():
+    """In a new process: behind a shell's & it would ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def wait_until(process, runs, reached):
