@@ -76,8 +76,9 @@ def start(name, flags, runs, code=None):
 
 
 def hear_ctrl_c():
-    """In a new process: behind a shell's & it would ignore SIGINT."""
+    """In a new process: behind a shell's & it would ignore SIGINT, behind nohup SIGHUP."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def wait_until(process, runs, reached):
