@@ -272,11 +272,10 @@ def test_memory_that_is_short_is_one_line(tmp_path, capsys):
     assert last.startswith("error: memory: ") and "smaller networks" in last
 
 
-@pytest.mark.parametrize("name", SUITE)
-def test_a_first_burst_is_logged_every_1000_updates(name, tmp_path):
+def test_a_first_burst_is_logged_every_1000_updates(tmp_path):
     """And without a terminal there is a line of progress at least every minute."""
-    flags = f"{TINY[name]} --total-frames 3000 --pretrain-updates 2000 --runs-dir {tmp_path}"
-    process = run(name, flags)
+    flags = f"{TINY['sac_ae']} --total-frames 3000 --pretrain-updates 2000 --runs-dir {tmp_path}"
+    process = run("sac_ae", flags)
     updates = [int(row["updates"]) for row in metrics(summary(process)["run_dir"])]
     assert {1000, 2000} < set(updates)
     assert "updates" in process.stderr
