@@ -1536,13 +1536,13 @@ def main(words=None):
             if stop.signal and progress.evaluated < args.total_frames:
                 print(f"stopped; to go on: {command}")
                 return 128 + stop.signal
-            if args.delete_replay:
-                shutil.rmtree(run_dir / "replay")
         about = {"env_id": args.env_id, "script": Path(__file__).stem, "seed": args.seed}
         about |= {"device": args.device, "run_dir": str(run_dir)}
         numbers = json.dumps(about | {name: getattr(progress, name) for name in SUMMARY})
         if not args.evaluate:
             (run_dir / "summary.json").write_text(numbers)
+            if args.delete_replay:
+                shutil.rmtree(run_dir / "replay")
         print(f"summary {numbers}")
         return 0
     except UsageError as e:

@@ -245,12 +245,12 @@ def undisturbed(finished):
     return metrics(one_folder(finished[0], "*balance*/seed1/*__1__*"))
 
 
+@deep
 @pytest.mark.parametrize(
     ("engine", "number"),
     [
-        ("local", signal.SIGINT),
-        *[pytest.param("local", n, marks=deep) for n in (signal.SIGHUP, signal.SIGUSR1)],
-        *[pytest.param("ray", n, marks=deep) for n in (signal.SIGINT, signal.SIGTERM)],
+        *[("local", number) for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)],
+        *[("ray", number) for number in (signal.SIGINT, signal.SIGTERM)],
     ],
 )
 def test_a_signal_stops_all_runs_with_a_checkpoint_and_the_command_goes_on(
