@@ -1133,7 +1133,8 @@ def train(args, run_dir, stop, payload=None):
                 while not step.last:
                     stream(args.seed, "act", progress.step)
                     action, carry = act(step, carry)
-                    for _ in range(math.ceil(args.updates_per_step)):  # more wait for the next one
+                    # a longer backlog of updates waits until the episode is over
+                    for _ in range(math.ceil(args.updates_per_step)):
                         if warm and progress.updates < updates_due(args, progress.step):
                             update()
                     action = action.cpu().numpy()
