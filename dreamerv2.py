@@ -428,6 +428,14 @@ def soft_update(net, target, tau):
 
 
 # ---- Agent -------------------------------------------------------------------------------------
+def sequences(buffer, rng, batch_size, length, same_episode_tail):
+    """Batch of obs, action, reward, discount (B, T, ...) and is_first (B, T), where an episode
+    starts; at least the last `same_episode_tail` of the T rows are of one episode."""
+    rows = buffer.draw(rng, batch_size, length, same_episode_tail)[:, None] + np.arange(length)
+    batch = {name: buffer.gather(name, rows) for name in ("obs", "action", "reward", "discount")}
+    return {"is_first": upload(buffer.files["start"][rows] == rows, buffer.device), **batch}
+
+
 class Cadence(NamedTuple):
     """What an update does."""
 
@@ -669,7 +677,7 @@ class Agent(nn.Module):
         """The sequences that update() takes. The model starts anew at the first row of each."""
         args = self.args
         length = args.sequence_length
-        batch = buffer.sequences(rng, args.batch_size, length, length)  # D2  [Bednarz alg. 1:3]
+        batch = sequences(buffer, rng, args.batch_size, length, length)  # D2  [Bednarz alg. 1:3]
         batch["is_first"][:, 0] = True  # the state before it is unknown: zeros, without its action
         return batch
 
@@ -746,7 +754,7 @@ class Agent(nn.Module):
         five and imagines the others from the actions alone; below that the model's error, which is
         grey where there is none."""
         length = min(self.args.sequence_length, 20)
-        batch = buffer.sequences(rng, 1, length, length)
+        batch = sequences(buffer, rng, 1, length, length)
         obs, action = batch["obs"], batch["action"]
         noise = self.rssm.noise(1, length)
         is_first = torch.arange(length, device=obs.device)[None] == 0
@@ -896,7 +904,7 @@ class ReplayBuffer:
 
     Row t holds image t, the action that led to it (zeros at an episode's start), the reward and the
     discount on arriving. A transition is rows t and t + 1 of one episode. Samples reach `capacity`
-    rows back. Stacks of images are made when they are sampled."""
+    rows back. Agent.sample() makes stacks of images and sequences from rows."""
 
     def __init__(self, folder, rows, args, spec):
         self.folder = Path(folder)
@@ -951,24 +959,6 @@ class ReplayBuffer:
         """Rows of a column, (*rows.shape, ...). On a CPU index_select is much faster than [ ]."""
         indices = upload(rows.ravel(), self.device)
         return self.columns[name].index_select(0, indices).unflatten(0, rows.shape)
-
-    def transitions(self, rng, batch_size, stack):
-        """Batch of obs, next_obs (B, stack * C, H, W), action (B, A), reward, discount (B, 1).
-        Before an episode's first image, a stack repeats it."""
-        rows = self.draw(rng, batch_size, length=2, same_episode_tail=2)
-        window = rows[:, None] + np.arange(1 - stack, 2)
-        window = np.maximum(window, self.files["start"][rows][:, None])
-        obs = self.gather("obs", window)  # (B, stack + 1, C, H, W)
-        batch = {name: self.gather(name, rows + 1) for name in ("action", "reward", "discount")}
-        return {"obs": obs[:, :-1].flatten(1, 2), "next_obs": obs[:, 1:].flatten(1, 2), **batch}
-
-    def sequences(self, rng, batch_size, length, same_episode_tail):
-        """Batch of obs, action, reward, discount (B, T, ...) and is_first (B, T), where an episode
-        starts; at least the last `same_episode_tail` of the T rows are of one episode."""
-        rows = self.draw(rng, batch_size, length, same_episode_tail)[:, None] + np.arange(length)
-        is_first = upload(self.files["start"][rows] == rows, self.device)
-        names = ("obs", "action", "reward", "discount")
-        return {"is_first": is_first, **{name: self.gather(name, rows) for name in names}}
 
 
 # ---- evaluation --------------------------------------------------------------------------------

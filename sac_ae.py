@@ -440,8 +440,15 @@ class Agent(nn.Module):
         )
 
     def sample(self, buffer, rng):
-        """The batch that update() takes."""
-        return buffer.transitions(rng, self.args.batch_size, self.args.frame_stack)
+        """The batch that update() takes. Before an episode's first image, a stack repeats it."""
+        rows = buffer.draw(rng, self.args.batch_size, length=2, same_episode_tail=2)
+        window = rows[:, None] + np.arange(1 - self.args.frame_stack, 2)
+        window = np.maximum(window, buffer.files["start"][rows][:, None])
+        obs = buffer.gather("obs", window)  # (B, K + 1, C, H, W)
+        batch = {name: buffer.gather(name, rows + 1) for name in ("action", "reward", "discount")}
+        batch["obs"] = obs[:, :-1].flatten(1, 2)  # (B, K * C, H, W)
+        batch["next_obs"] = obs[:, 1:].flatten(1, 2)
+        return batch
 
     def update(self, batch):
         """One update from a batch of sample(); gives metrics as 0-d tensors.
@@ -633,7 +640,7 @@ class ReplayBuffer:
 
     Row t holds image t, the action that led to it (zeros at an episode's start), the reward and the
     discount on arriving. A transition is rows t and t + 1 of one episode. Samples reach `capacity`
-    rows back. Stacks of images are made when they are sampled."""
+    rows back. Agent.sample() makes stacks of images and sequences from rows."""
 
     def __init__(self, folder, rows, args, spec):
         self.folder = Path(folder)
@@ -688,24 +695,6 @@ class ReplayBuffer:
         """Rows of a column, (*rows.shape, ...). On a CPU index_select is much faster than [ ]."""
         indices = upload(rows.ravel(), self.device)
         return self.columns[name].index_select(0, indices).unflatten(0, rows.shape)
-
-    def transitions(self, rng, batch_size, stack):
-        """Batch of obs, next_obs (B, stack * C, H, W), action (B, A), reward, discount (B, 1).
-        Before an episode's first image, a stack repeats it."""
-        rows = self.draw(rng, batch_size, length=2, same_episode_tail=2)
-        window = rows[:, None] + np.arange(1 - stack, 2)
-        window = np.maximum(window, self.files["start"][rows][:, None])
-        obs = self.gather("obs", window)  # (B, stack + 1, C, H, W)
-        batch = {name: self.gather(name, rows + 1) for name in ("action", "reward", "discount")}
-        return {"obs": obs[:, :-1].flatten(1, 2), "next_obs": obs[:, 1:].flatten(1, 2), **batch}
-
-    def sequences(self, rng, batch_size, length, same_episode_tail):
-        """Batch of obs, action, reward, discount (B, T, ...) and is_first (B, T), where an episode
-        starts; at least the last `same_episode_tail` of the T rows are of one episode."""
-        rows = self.draw(rng, batch_size, length, same_episode_tail)[:, None] + np.arange(length)
-        is_first = upload(self.files["start"][rows] == rows, self.device)
-        names = ("obs", "action", "reward", "discount")
-        return {"is_first": is_first, **{name: self.gather(name, rows) for name in names}}
 
 
 # ---- evaluation --------------------------------------------------------------------------------

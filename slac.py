@@ -423,6 +423,14 @@ def soft_update(net, target, tau):
 
 
 # ---- Agent -------------------------------------------------------------------------------------
+def sequences(buffer, rng, batch_size, length, same_episode_tail):
+    """Batch of obs, action, reward, discount (B, T, ...) and is_first (B, T), where an episode
+    starts; at least the last `same_episode_tail` of the T rows are of one episode."""
+    rows = buffer.draw(rng, batch_size, length, same_episode_tail)[:, None] + np.arange(length)
+    batch = {name: buffer.gather(name, rows) for name in ("obs", "action", "reward", "discount")}
+    return {"is_first": upload(buffer.files["start"][rows] == rows, buffer.device), **batch}
+
+
 class Cadence(NamedTuple):
     """Which parts this update moves besides the model."""
 
@@ -552,9 +560,10 @@ class Agent(nn.Module):
         critic, if these move. The last two rows of a sequence are of one episode."""
         args = self.args
         length = args.actions + 1
-        batch = {"model": buffer.sequences(rng, args.model_batch_size, length, same_episode_tail=2)}
+        draw = functools.partial(sequences, buffer, rng, length=length, same_episode_tail=2)
+        batch = {"model": draw(batch_size=args.model_batch_size)}
         if self.cadence().actor_and_critic:
-            batch["sac"] = buffer.sequences(rng, args.sac_batch_size, length, same_episode_tail=2)
+            batch["sac"] = draw(batch_size=args.sac_batch_size)
         return batch
 
     def update(self, batch):
@@ -616,7 +625,7 @@ class Agent(nn.Module):
         prior after the first image, and the prior after none, each given the actions."""
         model = self.model
         length = self.args.actions + 1
-        batch = buffer.sequences(rng, 64, length, same_episode_tail=2)
+        batch = sequences(buffer, rng, 64, length, same_episode_tail=2)
         whole = batch["is_first"][:, 1:].sum(1).argmin()[None]  # of 64, one without a start inside
         obs, action, is_first = (batch[name][whole] for name in ("obs", "action", "is_first"))
         noise = model.noise(1, length)
@@ -762,7 +771,7 @@ class ReplayBuffer:
 
     Row t holds image t, the action that led to it (zeros at an episode's start), the reward and the
     discount on arriving. A transition is rows t and t + 1 of one episode. Samples reach `capacity`
-    rows back. Stacks of images are made when they are sampled."""
+    rows back. Agent.sample() makes stacks of images and sequences from rows."""
 
     def __init__(self, folder, rows, args, spec):
         self.folder = Path(folder)
@@ -817,24 +826,6 @@ class ReplayBuffer:
         """Rows of a column, (*rows.shape, ...). On a CPU index_select is much faster than [ ]."""
         indices = upload(rows.ravel(), self.device)
         return self.columns[name].index_select(0, indices).unflatten(0, rows.shape)
-
-    def transitions(self, rng, batch_size, stack):
-        """Batch of obs, next_obs (B, stack * C, H, W), action (B, A), reward, discount (B, 1).
-        Before an episode's first image, a stack repeats it."""
-        rows = self.draw(rng, batch_size, length=2, same_episode_tail=2)
-        window = rows[:, None] + np.arange(1 - stack, 2)
-        window = np.maximum(window, self.files["start"][rows][:, None])
-        obs = self.gather("obs", window)  # (B, stack + 1, C, H, W)
-        batch = {name: self.gather(name, rows + 1) for name in ("action", "reward", "discount")}
-        return {"obs": obs[:, :-1].flatten(1, 2), "next_obs": obs[:, 1:].flatten(1, 2), **batch}
-
-    def sequences(self, rng, batch_size, length, same_episode_tail):
-        """Batch of obs, action, reward, discount (B, T, ...) and is_first (B, T), where an episode
-        starts; at least the last `same_episode_tail` of the T rows are of one episode."""
-        rows = self.draw(rng, batch_size, length, same_episode_tail)[:, None] + np.arange(length)
-        is_first = upload(self.files["start"][rows] == rows, self.device)
-        names = ("obs", "action", "reward", "discount")
-        return {"is_first": is_first, **{name: self.gather(name, rows) for name in names}}
 
 
 # ---- evaluation --------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import scipy.stats
 import torch
 
 import sac_ae as script  # test_shared.py: the text is the same in every script
+import slac
 
 K, A, SHAPE = 3, 2, (3, 4, 4)
 SPEC = script.EnvSpec(SHAPE, A, 5)
@@ -47,7 +48,8 @@ def test_transitions_equal_the_naive_buffers(tmp_path, monkeypatch):
     buffer, naive, _ = fill(tmp_path)
     rows = np.array(list(naive))
     monkeypatch.setattr(buffer, "draw", lambda *_, **__: rows)
-    batch = buffer.transitions(None, len(rows), K)
+    agent = SimpleNamespace(args=SimpleNamespace(batch_size=len(rows), frame_stack=K))
+    batch = script.Agent.sample(agent, buffer, None)
     assert batch["obs"].dtype == torch.uint8 and batch["obs"].shape == (len(rows), 3 * K, 4, 4)
     for i, t in enumerate(rows):
         obs, action, reward, discount, next_obs = naive[t]
@@ -81,7 +83,7 @@ def test_too_long_sequences_are_an_error(tmp_path):
 @pytest.mark.parametrize("tail", [5, 2])
 def test_sequences(tmp_path, tail):
     buffer, naive, episodes = fill(tmp_path)
-    batch = buffer.sequences(np.random.default_rng(1), 64, 5, tail)
+    batch = slac.sequences(buffer, np.random.default_rng(1), 64, 5, tail)
     assert batch["obs"].shape == (64, 5, *SHAPE) and batch["action"].shape == (64, 5, A)
     images = {t + 1: naive[t][4][-3:] for t in naive}
     images |= {e[0]: naive[e[0]][0][-3:] for e in episodes}

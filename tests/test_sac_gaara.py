@@ -58,7 +58,7 @@ def test_samples_are_cropped_as_the_release_says(obs_crop):
     """Code: the last release crops obs and next_obs at the centre and the positive at random; the
     first ones crop all three at random, independently."""
     _, agent, buffer, _ = tiny_agent("sac_gaara", f"--obs-crop {obs_crop} --batch-size 16")
-    whole = buffer.transitions(np.random.default_rng(3), 16, 3)
+    whole = sac_ae.Agent.sample(agent, buffer, np.random.default_rng(3))
     batch = agent.sample(buffer, np.random.default_rng(3))
     places = {}
     for name in ("obs", "next_obs", "positive"):
