@@ -43,6 +43,8 @@ D9  The target Qs start as copies. Theirs are never copied and start with weight
 D10 Adam's epsilon, 1e-8, follows the bias correction. TensorFlow 1's, "epsilon hat", precedes it.
 D11 With --z1 deterministic the KL is dropped wherever an episode starts. Theirs drops it at the
     first row of a sequence only.
+D12 With --eval-policy mean the actor sees the actions that it took. Theirs sees zeros instead of
+    them, as their greedy policy does not store what it did.
 """
 
 import contextlib
@@ -616,7 +618,7 @@ class Agent(nn.Module):
         seen = self.features_for(**carry, kinds={kind})[kind]  # (1, 1, S)
         mu, log_std = self.actor(seen[:, 0])
         sample = explore or self.args.eval_policy == "sample"
-        action = tanh_gaussian(mu, log_std)[0] if sample else torch.tanh(mu)
+        action = tanh_gaussian(mu, log_std)[0] if sample else torch.tanh(mu)  # D12
         return action[0], carry
 
     @torch.no_grad()  # only to be looked at

@@ -3,10 +3,11 @@
 github.com/denisyarats/pytorch_sac_ae    beside sac_ae.py
 github.com/Otsuts/SAC-GAARA              beside sac_gaara.py; commit 4fe3771 is its release 1
 github.com/MishaLaskin/curl              beside sac_gaara.py --reconstruction none ...
-github.com/toshikwa/slac.pytorch         beside slac.py; not the authors' (theirs is TensorFlow
-                                         1.15 and cannot be installed any more)
-github.com/jsikyoon/dreamer-torch        beside dreamerv2.py; not the authors' (TensorFlow too)
+github.com/toshikwa/slac.pytorch         beside slac.py; not the authors'
+github.com/jsikyoon/dreamer-torch        beside dreamerv2.py; not the authors'
 github.com/katerakelly/oyster            beside pearl_pixels.py --obs-mode state
+
+The authors' DreamerV2 and SLAC are TensorFlow code; equal_tf.py and authors_tf.py are about them.
 """
 
 import importlib
@@ -26,7 +27,10 @@ PEERS = {  # file in the checkout: (our script, their class, side of the images 
     "slac/algo.py": ("slac", "SlacAlgorithm", 64),
     "dreamer.py": ("dreamerv2", None, 64),
     "rlkit/torch/sac/sac.py": ("pearl_pixels", "PEARLSoftActorCritic", 0),
+    "dreamerv2/agent.py": ("dreamerv2", None, 64),
+    "slac/agents/slac/slac_agent.py": ("slac", None, 64),
 }
+TENSORFLOW = "dreamerv2/agent.py", "slac/agents/slac/slac_agent.py"  # authors_tf.py runs them
 ARGUMENTS = {  # of their train.py
     "hidden_dim": 1024, "discount": 0.99, "init_temperature": 0.1, "alpha_lr": 1e-4,
     "alpha_beta": 0.5, "actor_lr": 1e-3, "actor_beta": 0.9, "actor_log_std_min": -10,
@@ -71,6 +75,16 @@ def which(folder):
     sys.exit(f"error: none of {', '.join(PEERS)} in {folder}")
 
 
+class Wrapper:
+    """gym.Wrapper."""
+
+    def __init__(self, env):
+        self.env = env
+
+    def __getattr__(self, name):
+        return getattr(self.env, name)
+
+
 def windows(images, shape):
     """skimage.util.shape.view_as_windows, for which numpy has a name too."""
     return np.lib.stride_tricks.sliding_window_view(images, shape)
@@ -79,7 +93,8 @@ def windows(images, shape):
 def load(folder):
     """Their agent's module and their utils; what these import but do not need here is a stub."""
     name = which(folder)
-    sys.modules["gym"] = types.SimpleNamespace(Wrapper=object)
+    spaces = types.SimpleNamespace(Box=types.SimpleNamespace)
+    sys.modules["gym"] = types.SimpleNamespace(Wrapper=Wrapper, spaces=spaces)
     shape = types.SimpleNamespace(view_as_windows=windows)
     for stub in ("skimage", "skimage.util", "skimage.util.shape"):
         sys.modules[stub] = shape

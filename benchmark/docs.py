@@ -48,7 +48,9 @@ EQUAL = {  # file in results/equal: (script, the other's repository and commit)
     "SAC-GAARA": ("sac_gaara", "Otsuts/SAC-GAARA", "4a8f240"),
     "SAC-GAARA-4fe3771": ("sac_gaara", "Otsuts/SAC-GAARA", "4fe3771"),
     "curl": ("sac_gaara", "MishaLaskin/curl", "8416d6e"),
+    "slac": ("slac", "alexlee-gk/slac", "14a366e"),
     "slac.pytorch": ("slac", "toshikwa/slac.pytorch", "8b9d520"),
+    "dreamerv2": ("dreamerv2", "danijar/dreamerv2", "07d906e"),
     "dreamer-torch": ("dreamerv2", "jsikyoon/dreamer-torch", "7c2331a"),
     "oyster": ("pearl_pixels", "katerakelly/oyster", "44e20fd"),
 }
@@ -258,7 +260,9 @@ def equality():
     rows = [("script", "the other code", "largest difference")]
     for stem, (name, repository, commit) in EQUAL.items():
         text = (RESULTS / "equal" / f"{stem}.txt").read_text()
-        largest = max(float(x) for x in re.findall(r"(?:difference|relative) (\d.*e[-+]\d+)", text))
+        found = re.findall(r"largest difference of (?:losses|weights): (\S+)", text)
+        found = found or re.findall(r"(?:difference|relative) (\d.*e[-+]\d+)", text)
+        largest = max(map(float, found))
         link = f"[{repository}](https://github.com/{repository}) ({commit})"
         place = f"/benchmark/results/equal/{stem}.txt"
         rows.append((f"`{name}.py`", link, f"[{largest:.0e}]({place})"))

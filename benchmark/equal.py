@@ -13,6 +13,8 @@ the same losses and the same parameters after every update.
     python benchmark/equal.py dreamer-torch   # the model's updates; returns of imagined states,
                                               # and their gradient in the actor
     python benchmark/equal.py oyster          # PEARL from states
+    python benchmark/equal.py dreamerv2       # the authors' TensorFlow code; equal_tf.py tells
+    python benchmark/equal.py slac            # what it needs
 
 In double precision, as single precision lets Adam's first steps, which divide a gradient by its own
 size, turn rounding errors of gradients near zero into steps. Exit status 1 above 1e-9 (slac: 1e-5,
@@ -28,6 +30,8 @@ from pathlib import Path
 os.environ["PYTORCH_JIT"] = "0"  # slac.pytorch's scripted functions would draw their own noise
 
 import authors
+import equal_loop
+import equal_tf
 import numpy as np
 import torch
 import tyro
@@ -532,12 +536,17 @@ def main():
     folder, flags = sys.argv[1], sys.argv[2:]
     name = authors.PEERS[authors.which(folder)][0]
     script = importlib.import_module(name)
+    if authors.which(folder) in authors.TENSORFLOW:
+        sys.exit(equal_tf.main(script, folder))
     args = tyro.cli(script.Args, args=["--device", "cpu", *flags, *FLAGS[name].split()])
     torch.manual_seed(0)
     compare = {"slac": slac, "dreamerv2": dreamer, "pearl_pixels": pearl}.get(name, sac)
     worst = np.max(compare(script, folder, args))  # NaN, if there is one
     print(f"largest difference of all: {worst:.1e}")
-    sys.exit(not worst <= (1e-5 if name == "slac" else 1e-9))
+    loops = 0
+    if authors.which(folder) in ("sac_ae.py", "sac_cae.py") and not flags:
+        loops = equal_loop.main(script, *authors.load(folder))
+    sys.exit(loops > 0 or not worst <= (1e-5 if name == "slac" else 1e-9))
 
 
 if __name__ == "__main__":
