@@ -67,6 +67,7 @@ import json
 import math
 import os
 import re
+import runpy
 import shlex
 import shutil
 import signal
@@ -102,7 +103,7 @@ from tqdm import tqdm
 @dataclasses.dataclass
 class Args:
     # all scripts have these
-    env_id: str = "cheetah-run"  # <domain>-<task> of the dm_control suite
+    env_id: str = "cheetah-run"  # <domain>-<task> of the dm_control suite (or module:function)
     smoke: bool = False  # small images and networks that learn visibly in minutes on two CPU cores
     seed: int = 1  # of the environment, the networks and the sampling
     total_frames: int = 2_000_000  # the run ends with the episode that reaches so many [frames]
@@ -818,7 +819,22 @@ class Step(NamedTuple):
 
 
 def load_task(env_id, random):
-    """The dm_control environment of a task; `random` is its np.random.RandomState."""
+    """The dm_control environment of a task, which draws from a np.random.RandomState; or the one of
+    your own that module:function, or file.py:function, makes when it is called with `random`."""
+    if ":" in env_id:
+        name, _, function = env_id.rpartition(":")
+        is_file = name.endswith(".py")
+        with refuse_on((ImportError, OSError), "env_id", f"{name} cannot be imported"):
+            names = runpy.run_path(name) if is_file else vars(importlib.import_module(name))
+        if function not in names:
+            raise UsageError("env_id", f"{name} has no function {function}")
+        env = names[function](random)
+        if not hasattr(env, "physics"):
+            raise UsageError("env_id", "the environment has no physics, which images come from")
+        bounds = [getattr(env.action_spec(), end, np.inf) for end in ("minimum", "maximum")]
+        if not all(np.isfinite(bound).all() for bound in bounds):
+            raise UsageError("env_id", "the environment's actions have no bounds")
+        return env
     from dm_control import suite  # not at the top, so that check_args() sees a missing OpenGL first
 
     tasks = ["-".join(task) for task in suite.ALL_TASKS]
@@ -873,6 +889,8 @@ class PixelEnv:
 
     def observe(self, time_step, action, reward, frames):
         """The Step of a dm_env.TimeStep."""
+        if time_step.observation is None:
+            raise UsageError("env_id", "the environment gives no observation when an episode ends")
         state = np.float32(np.concatenate([np.ravel(v) for v in time_step.observation.values()]))
         obs = self.render(self.args.image_size).transpose(2, 0, 1) if self.pixels else state
         discount = 1.0 if time_step.discount is None else float(time_step.discount)
@@ -884,7 +902,9 @@ class PixelEnv:
         from dm_control.mujoco.engine import Camera
 
         if size not in self.cameras:  # making one takes longer than an image
-            camera_id = 2 if self.args.env_id.startswith("quadruped") else 0
+            camera_id = min(0, self.env.physics.model.ncam - 1)  # -1 is free, if there is none
+            if self.args.env_id.startswith("quadruped"):
+                camera_id = 2
             self.cameras[size] = Camera(self.env.physics, size, size, camera_id)
         fast = {"shadow": False, "reflection": False} if self.args.render == "fast" else {}
         return self.cameras[size].render(render_flag_overrides=fast).copy()  # its array is reused
@@ -944,7 +964,7 @@ class ReplayBuffer:
 
     def draw(self, rng, count, length, same_episode_tail):
         """First rows (count,) of windows of `length` rows whose last `same_episode_tail` rows are
-        of one episode; uniform, with replacement. Raises ValueError if there are hardly any."""
+        of one episode; uniform, with replacement. Raises UsageError if there are hardly any."""
         oldest = max(0, self.row - self.capacity)
         rows = np.empty(0, np.int64)
         for _ in range(1000):
@@ -953,7 +973,7 @@ class ReplayBuffer:
             rows = np.append(rows, new[starts <= new + length - same_episode_tail])
             if len(rows) >= count:
                 return rows[:count]
-        raise ValueError(f"the replay buffer holds hardly any episode of {same_episode_tail} rows")
+        raise UsageError("env_id", f"hardly any episode has {same_episode_tail} rows for a sample")
 
     def gather(self, name, rows):
         """Rows of a column, (*rows.shape, ...). On a CPU index_select is much faster than [ ]."""
@@ -1392,6 +1412,7 @@ def make_run_dir(args, payload):
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{stamp}"
+        name = re.sub(r"[^\w.-]+", "-", name)  # an own environment's id has colons and slashes
         run_dir = Path(args.runs_dir).expanduser() / name
         with refuse_on(OSError, "runs_dir", f"{run_dir} cannot be made"):
             run_dir.mkdir(parents=True)
@@ -1449,7 +1470,7 @@ def main(words=None):
         print(f"summary {numbers}")
         return 0
     except UsageError as e:
-        if run_dir and not payload:
+        if run_dir and not (run_dir / "checkpoint.pt").exists():
             shutil.rmtree(run_dir)  # nothing is left of a run that could not begin
         print(f"error: {e}", file=sys.stderr)
         return 2

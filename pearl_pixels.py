@@ -823,6 +823,8 @@ class PixelEnv:
 
     def observe(self, time_step, action, reward, frames):
         """The Step of a dm_env.TimeStep."""
+        if time_step.observation is None:
+            raise UsageError("env_id", "the environment gives no observation when an episode ends")
         state = np.float32(np.concatenate([np.ravel(v) for v in time_step.observation.values()]))
         obs = self.render(self.args.image_size).transpose(2, 0, 1) if self.pixels else state
         discount = 1.0 if time_step.discount is None else float(time_step.discount)
@@ -834,7 +836,9 @@ class PixelEnv:
         from dm_control.mujoco.engine import Camera
 
         if size not in self.cameras:  # making one takes longer than an image
-            camera_id = 2 if self.args.env_id.startswith("quadruped") else 0
+            camera_id = min(0, self.env.physics.model.ncam - 1)  # -1 is free, if there is none
+            if self.args.env_id.startswith("quadruped"):
+                camera_id = 2
             self.cameras[size] = Camera(self.env.physics, size, size, camera_id)
         fast = {"shadow": False, "reflection": False} if self.args.render == "fast" else {}
         return self.cameras[size].render(render_flag_overrides=fast).copy()  # its array is reused
@@ -894,7 +898,7 @@ class ReplayBuffer:
 
     def draw(self, rng, count, length, same_episode_tail):
         """First rows (count,) of windows of `length` rows whose last `same_episode_tail` rows are
-        of one episode; uniform, with replacement. Raises ValueError if there are hardly any."""
+        of one episode; uniform, with replacement. Raises UsageError if there are hardly any."""
         oldest = max(0, self.row - self.capacity)
         rows = np.empty(0, np.int64)
         for _ in range(1000):
@@ -903,7 +907,7 @@ class ReplayBuffer:
             rows = np.append(rows, new[starts <= new + length - same_episode_tail])
             if len(rows) >= count:
                 return rows[:count]
-        raise ValueError(f"the replay buffer holds hardly any episode of {same_episode_tail} rows")
+        raise UsageError("env_id", f"hardly any episode has {same_episode_tail} rows for a sample")
 
     def gather(self, name, rows):
         """Rows of a column, (*rows.shape, ...). On a CPU index_select is much faster than [ ]."""
@@ -1467,6 +1471,7 @@ def make_run_dir(args, payload):
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{stamp}"
+        name = re.sub(r"[^\w.-]+", "-", name)  # an own environment's id has colons and slashes
         run_dir = Path(args.runs_dir).expanduser() / name
         with refuse_on(OSError, "runs_dir", f"{run_dir} cannot be made"):
             run_dir.mkdir(parents=True)
@@ -1527,7 +1532,7 @@ def main(words=None):
         print(f"summary {numbers}")
         return 0
     except UsageError as e:
-        if run_dir and not payload:
+        if run_dir and not (run_dir / "checkpoint.pt").exists():
             shutil.rmtree(run_dir)  # nothing is left of a run that could not begin
         print(f"error: {e}", file=sys.stderr)
         return 2

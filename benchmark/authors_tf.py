@@ -57,11 +57,19 @@ def stub(*names):
     note(f"stubs for {', '.join(names)}")
 
 
-def set_epsilon(optimizer, update, epsilon):
+def correct_bias_as_torch(optimizer, update, epsilon):
     """TensorFlow adds Adam's epsilon to sqrt(v) before v is corrected for its bias, PyTorch does so
-    after that. This gives PyTorch's result for the update with this number, from 0 on."""
-    name = "epsilon" if hasattr(optimizer, "epsilon") else "_epsilon"
-    setattr(optimizer, name, epsilon * (1 - 0.999 ** (update + 1)) ** 0.5)
+    after that. This gives PyTorch's result for the update with this number, from 0 on. In the place
+    of powers of the betas, which AdamOptimizer keeps in single precision, it puts exact ones."""
+    beta1, beta2 = (float(np.float32(beta)) for beta in (0.9, 0.999))
+    scaled = epsilon * (1 - beta2 ** (update + 1)) ** 0.5
+    if isinstance(optimizer, tf.compat.v1.train.AdamOptimizer):
+        powers = [tf.Variable(beta ** (update + 1), dtype=tf.float64) for beta in (beta1, beta2)]
+        optimizer._epsilon = scaled
+        optimizer._get_beta_accumulators = lambda: powers
+        optimizer._finish = lambda *_: None  # it would raise the powers
+    else:
+        optimizer.epsilon = scaled
 
 
 def settings(optimizer):
@@ -236,7 +244,7 @@ def dreamer_updates(folder, question):
     give_weights(layers, question)
     for k in range(updates):
         for optimizer in optimizers.values():
-            set_epsilon(optimizer._opt, k, epsilon=1e-5)
+            correct_bias_as_torch(optimizer._opt, k, epsilon=1e-5)
         queue_noise(k)
         _, metrics = agent.train(batch(k))
         assert not any(queues.values()), "noise is left"
@@ -472,7 +480,7 @@ def slac_updates(folder, question):
     give_weights(layers, question)
     for k in range(updates):
         for optimizer in optimizers.values():
-            set_epsilon(optimizer, k, epsilon=1e-8)
+            correct_bias_as_torch(optimizer, k, epsilon=1e-8)
         noise = question["noise"][k]
         if "latent" in inputs:
             queue_latents(noise)
