@@ -111,6 +111,11 @@ STUDIES = {
         f"{n:,} updates": f"--pretrain-updates {n}" for n in (0, 10_000, 50_000, 100_000)}),
     "slac-d-updates": each("slac", "cheetah-run", {
         f"{n} per step": f"--updates-per-step {n}" for n in (1, 2, 3)}),
+    "slac-gym": {name: Variant(
+        "slac", f"benchmark/gym_tasks.py:{name}", f"--action-repeat {repeat} "
+        f"--warmup-steps 10000 --total-frames {frames}", "SLAC (OpenAI Gym)")
+        for name, repeat, frames in (("half_cheetah", 1, 1_000_000), ("walker2d", 4, 4_000_000),
+                                     ("hopper", 2, 2_000_000), ("ant", 4, 4_000_000))},
     "dreamerv2-replay-ratio": each("dreamerv2", "cheetah-run", {
         **{f"{n} updates per step": f"--updates-per-step {n}" for n in (0.2, 0.5, 1, 2)},
         "model 1, behavior 0.2": "--updates-per-step 1 --behavior-every-updates 5",

@@ -111,16 +111,26 @@ def test_lqr_ends_and_is_the_same_task_each_time():
     assert count <= 20
 
 
-def test_an_environment_that_builds_its_physics_anew(monkeypatch):
+def test_an_own_environment_that_builds_its_physics_anew():
     """dm_control's composer does at every reset; a camera of the old physics would be useless."""
-    from dm_control import manipulation
-
-    def load(env_id, random):
-        return manipulation.load("reach_site_features", seed=random)
-
-    monkeypatch.setattr(script, "load_task", load)
-    env = make("any", size=32, render="fast")
+    env = make("tests/own_tasks.py:reach", size=32, render="fast")
     first = env.reset(0).obs.copy()
     env.step(np.zeros(env.spec.action_dim))
     again = env.reset(1).obs
     assert first.std() > 5 and again.std() > 5 and not np.array_equal(first, again)
+    for sign, bound in ((-1.0, env.low), (1.0, env.high)):
+        env.step(np.full(env.spec.action_dim, sign))
+        np.testing.assert_allclose(env.env.physics.control(), bound, atol=1e-9)
+
+
+def test_an_own_environment_may_end_for_good():
+    """The discount is 0 then, at whichever of the repeated frames it ends."""
+    env = make("tests/own_tasks.py:falling", pixels=False)
+    step, frames = env.reset(0), 0
+    while not step.last:
+        assert step.discount == 1
+        step = env.step(np.ones(1))
+        frames += step.frames
+    assert step.discount == 0 and frames < 200
+    same = make("own_tasks:falling", pixels=False)  # as a module
+    assert np.array_equal(same.reset(3).state, env.reset(3).state)
