@@ -72,14 +72,13 @@ def correct_bias_as_torch(optimizer, update, epsilon):
         optimizer.epsilon = scaled
 
 
-def settings(optimizer):
-    """What an optimizer is and was given."""
-    found = {k.lstrip("_"): v for k, v in vars(optimizer).items()} | getattr(
-        optimizer, "_hyper", {}
-    )
-    names = "learning_rate", "lr", "beta_1", "beta1", "beta_2", "beta2", "epsilon", "amsgrad"
-    given = {name: round(float(np.asarray(found[name])), 9) for name in names if name in found}
-    return f"{type(optimizer).__name__} {json.dumps(given)}"
+def settings(optimizer, clip=0, decay=0):
+    """Learning rate, both betas, epsilon, clipping, decay of weights, as an optimizer has them."""
+    found = {k.strip("_").replace("_", ""): v for k, v in vars(optimizer).items()}
+    found |= {k.replace("_", ""): v for k, v in getattr(optimizer, "_hyper", {}).items()}
+    found.setdefault("lr", found.get("learningrate"))
+    adam = [float(np.asarray(found[name])) for name in ("lr", "beta1", "beta2", "epsilon")]
+    return np.array([*adam, clip or 0, decay or 0])
 
 
 def parts_of(layer):
@@ -220,8 +219,10 @@ def dreamer_updates(folder, question):
     optimizers |= {"actor": behavior.actor_opt, "critic": behavior.critic_opt}
     answer = {}
     for name, optimizer in optimizers.items():
-        text = f"{settings(optimizer._opt)}, clip {optimizer._clip}, decay {optimizer._wd}"
-        answer[f"optimizer/{name}"] = text
+        given = settings(optimizer._opt, optimizer._clip, optimizer._wd)
+        answer[f"optimizer/{name}"] = given
+    names = "eval_eps", "eval_every", "eval_noise", "eval_state_mean"
+    answer["evaluation"] = ", ".join(f"{name} {config[name]}" for name in names)
 
     def queue_noise(k):
         for t in range(T):  # their prior draws a state that nothing uses, then the posterior
@@ -364,13 +365,18 @@ def slac_layers(agent):
     return layers
 
 
+def slac_config(folder, question):
+    """Path of the configuration."""
+    return folder / f"slac/agents/slac/configs/{question['config']}.gin"
+
+
 def slac_agent(folder, modules, question, optimizers):
     """Their agent, made as their train_eval.py makes it."""
     import gin
     from tf_agents.specs import tensor_spec
     from tf_agents.trajectories import time_step
 
-    path = folder / f"slac/agents/slac/configs/{question['config']}.gin"
+    path = slac_config(folder, question)
     gin.parse_config_file(str(path), skip_unknown=True)
     A = question["action"].shape[-1]
     observation = collections.OrderedDict(
@@ -440,6 +446,10 @@ def slac_updates(folder, question):
     rates = {"model": 1e-4, "actor": 3e-4, "critic": 3e-4, "alpha": 3e-4}  # their train_eval.py's
     optimizers = {name: adam(rate) for name, rate in rates.items()}
     answer = {f"optimizer/{name}": settings(value) for name, value in optimizers.items()}
+    words = re.findall(
+        r"num_eval_\w+ = \d+|eval_interval = \d+", slac_config(folder, question).read_text()
+    )
+    answer["evaluation"] = ", ".join(word.replace(" =", "") for word in words)
     agent = slac_agent(folder, modules, question, optimizers)
     model = agent._model_network
     updates, batch_size, T, _ = question["action"].shape

@@ -24,10 +24,10 @@ import torch.nn as nn
 import tyro
 
 HERE = Path(__file__).resolve().parent
-KINDS = "losses", "norms", "gradients", "weights", "actions", "data"
+KINDS = "losses", "norms", "gradients", "weights", "actions", "data", "initial", "optimizers"
 LIMITS = {  # of each kind; data is rewards, which tf-agents keeps in single precision, and the like
-    "dreamerv2": dict(zip(KINDS, (2e-5, 5e-5, 2e-4, 2e-6, 2e-5, 1e-7), strict=True)),
-    "slac": dict(zip(KINDS, (1e-9, 1e-9, 1e-9, 1e-9, 1e-9, 1e-7), strict=True)),
+    "dreamerv2": dict(zip(KINDS, (2e-5, 5e-5, 2e-4, 2e-6, 2e-5, 1e-7, 0.15, 1e-9), strict=True)),
+    "slac": dict(zip(KINDS, (1e-9, 1e-9, 1e-9, 1e-9, 1e-9, 1e-7, 0.15, 1e-9), strict=True)),
 }
 A = 6  # actions
 
@@ -154,16 +154,36 @@ def compare_data(script, folder, repeat, length, tail, compare):
     compare("data", "rewards of 20 steps", np.float32(rewards), np.float32(theirs["rewards"][1:]))
 
 
-def show_settings(answer):
-    """Prints how theirs is initialised, and its optimizers."""
-    spread = np.stack([v for name, v in answer.items() if name.startswith("initial/")])
-    print(f"theirs as initialised, {len(spread)} layers, least and largest of all:")
-    for i, name in enumerate(("largest weight / Glorot's", "deviation / Glorot's", "largest bias")):
-        print(f"    {name:28}{spread[:, i].min():18.3f}{spread[:, i].max():18.3f}")
-    print("their optimizers:")
-    for name, value in answer.items():
-        if name.startswith("optimizer/"):
-            print(f"    {name.removeprefix('optimizer/'):28}{value}")
+def initial(weights):
+    """What authors_tf.initial() gives, of weights {name/part: array}: {name: three numbers}."""
+    out = {}
+    for name, kernel in weights.items():
+        if name.endswith("/kernel"):
+            bound = (6 / (np.prod(kernel.shape[:-2]) * sum(kernel.shape[-2:]))) ** 0.5
+            bias = np.abs(weights[name.replace("kernel", "bias")]).max()
+            spread = np.abs(kernel).max() / bound, 3**0.5 * kernel.std() / bound
+            out[name.removesuffix("/kernel")] = *spread, bias
+    return out
+
+
+def compare_settings(ours, weights, clip, decays, answer, compare):
+    """Compares initial distributions and optimizers, and prints the evaluation of both."""
+    print("as initialised: largest weight and deviation, both over Glorot's; largest bias")
+    for name, numbers in initial(weights).items():
+        theirs = answer[f"initial/{name}"]
+        shown = [f"{a:7.3f}{b:7.3f}" for a, b in zip(numbers, theirs, strict=True)]
+        print(f"    {name:36}" + "   ".join(shown))
+        compare("initial", name, numbers, theirs, show=False)
+    print("optimizers: learning rate, betas, epsilon, clipping, decay of weights")
+    for name, optimizer in ours.optimizers.items():
+        group = optimizer.param_groups[0]
+        given = [group["lr"], *group["betas"], group["eps"], clip, decays]
+        theirs = answer[f"optimizer/{name}"]
+        print(f"    {name:36}" + "  ".join(f"{b:.3g}" for b in theirs))
+        compare("optimizers", name, np.float32(given), np.float32(theirs), show=False)
+    args = ours.args
+    print(f"evaluation, theirs: {answer['evaluation']}")
+    print(f"evaluation, ours: {args.eval_episodes} every {args.eval_every_frames} frames")
 
 
 # ---- DreamerV2 ---------------------------------------------------------------------------------
@@ -235,7 +255,7 @@ def dreamer_question(args, updates=4, batch=4, length=10, acting=8):
 
 
 def dreamer_case(script, folder, args, compare):
-    """Updates and acting with one configuration. Gives their answer."""
+    """Updates and acting with one configuration."""
     print(f"discount head {args.discount_head}, free nats {args.free_nats}")
     question = dreamer_question(args)
     ours = make_agent(script, args)
@@ -244,9 +264,14 @@ def dreamer_case(script, folder, args, compare):
     config = {"pred_discount": args.discount_head, "kl.free": args.free_nats, "grad_heads": heads}
     answer = ask(folder, "updates", {**question, **weights, "config": json.dumps(config)})
     rand, rand_like, clip = torch.rand, torch.rand_like, nn.utils.clip_grad_norm_
-    noise, norms = [], []
+    noise, norms, clips = [], [], set()
     torch.rand = torch.rand_like = lambda *_, **__: torch.as_tensor(noise.pop(0))
-    nn.utils.clip_grad_norm_ = lambda *x: norms.append(clip(*x))
+
+    def clip_and_note(parameters, limit):
+        clips.add(limit)
+        norms.append(clip(parameters, limit))
+
+    nn.utils.clip_grad_norm_ = clip_and_note
     for k in range(len(question["action"])):
         names = "image", "action", "reward", "is_first", "is_terminal"
         image, action, reward, is_first, is_terminal = (
@@ -285,7 +310,9 @@ def dreamer_case(script, folder, args, compare):
             compare("actions", f"action {k}", action, answer[f"acting/{mode}/{k}"], show=False)
     torch.rand, torch.rand_like = rand, rand_like
     compare.show("actions", "actions")
-    return answer
+    if args.discount_head and args.free_nats:  # once
+        start = {name.removeprefix("weights/"): value for name, value in weights.items()}
+        compare_settings(ours, start, clips.pop(), args.weight_decay, answer, compare)
 
 
 def dreamer(script, folder, compare):
@@ -296,8 +323,7 @@ def dreamer(script, folder, compare):
     for head in (False, True):
         for free in (0.0, 1.0):  # the KL of these batches is about 0.2
             args = script.Args(discount_head=head, free_nats=free, device="cpu")
-            answer = dreamer_case(script, folder, args, compare)
-    show_settings(answer)
+            dreamer_case(script, folder, args, compare)
     compare_data(script, folder, 2, 50, 50, compare)
 
 
@@ -409,7 +435,7 @@ class AtOnce:
 
 
 def slac_case(script, folder, case, at_once, compare):
-    """Updates and acting with one configuration. Gives their answer."""
+    """Updates and acting with one configuration."""
     config, network, flags = case
     print(f"{config}.gin, {flags or 'no flags'}")
     args = tyro.cli(script.Args, args=["--device", "cpu", *flags.split()])
@@ -476,7 +502,9 @@ def slac_case(script, folder, case, at_once, compare):
                 action = torch.zeros(A)  # their greedy policy forgets what it did (D12)
     torch.randn_like = randn_like
     compare.show("actions", "actions")
-    return answer
+    if case == SLAC[0]:  # once
+        start = slac_weights(make_agent(script, args))
+        compare_settings(ours, start, 0, 0, answer, compare)
 
 
 def slac(script, folder, compare):
@@ -493,12 +521,9 @@ def slac(script, folder, compare):
     torch.set_default_dtype(torch.float64)
     script.preprocess, preprocess = lambda obs: obs.double() / 255, script.preprocess
     for case in SLAC:
-        answer = slac_case(script, folder, case, at_once, compare)
-        if case[0] == "slac":
-            settings = answer
+        slac_case(script, folder, case, at_once, compare)
     torch.set_default_dtype(torch.float32)
     script.preprocess = preprocess
-    show_settings(settings)
     compare_data(script, folder, 4, 9, 2, compare)
 
 
