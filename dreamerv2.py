@@ -105,26 +105,26 @@ class Args:
     # all scripts have these
     env_id: str = "cheetah-run"  # <domain>-<task> of the dm_control suite (or module:function)
     smoke: bool = False  # small images and networks that learn visibly in minutes on two CPU cores
-    seed: int = 1  # of the environment, the networks and the sampling
-    total_frames: int = 2_000_000  # the run ends with the episode that reaches so many [frames]
+    seed: int = 1  # random seed of the environment, the networks and the sampling
+    total_frames: int = 2_000_000  # length of the run; the last episode is completed [frames]
     device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto uses a GPU if there is one
-    resume: str = ""  # folder of a run to go on with; the run's arguments are the defaults
-    evaluate: str = ""  # folder of a run whose agent is played and filmed
+    resume: str = ""  # continue the run in this folder, with its arguments as defaults
+    evaluate: str = ""  # play and film the trained agent of the run in this folder
     video: bool = True  # film the first episode of every evaluation
-    track: bool = False  # log to Weights & Biases, too
-    runs_dir: str = "runs"  # where the run's folder is made
+    track: bool = False  # also log to Weights & Biases
+    runs_dir: str = "runs"  # folder in which the run's folder is created
     action_repeat: int = 2  # frames per step (code 2 on every task)
-    image_size: int = 64  # side of the square image [pixels]
+    image_size: int = 64  # width and height of an image [pixels]
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of matrix products and convs
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # number type of matrix products and convs
     cuda_graph: bool = True  # on CUDA, launch an update or an action as one graph
-    replay_capacity: int = 2_000_000  # samples are among the newest so many rows, one per image
+    replay_capacity: int = 2_000_000  # sample from this many of the newest rows; one row per image
     delete_replay: bool = False  # remove the replay buffer's files when the run has finished
-    warmup_steps: int = 1000  # random steps at first, rounded up to whole episodes (code 1000)
+    warmup_steps: int = 1000  # random steps before training, in whole episodes (code 1000)
     pretrain_updates: int = 100  # updates in one burst after the warm-up (code 100)
-    updates_per_step: float = 0.2  # updates per step from then on (code 0.2)
-    batch_size: int = 16  # samples per update (sequences; code 16, paper 50)
-    eval_every_frames: int = 20_000  # distance between evaluations [frames]
+    updates_per_step: float = 0.2  # updates per step after that burst (code 0.2)
+    batch_size: int = 16  # samples per batch (sequences; code 16, paper 50)
+    eval_every_frames: int = 20_000  # interval between evaluations [frames]
     eval_episodes: int = 10  # episodes per evaluation (code 1)
     checkpoint_every_minutes: float = 5.0  # minimum time between two checkpoints [minutes]
     # this algorithm
@@ -144,24 +144,24 @@ class Args:
     kl_scale: float = 1.0  # weight of the KL (paper 1)
     kl_balance: float = 0.8  # share of the KL that trains the prior (paper 0.8)
     free_nats: float = 1.0  # mean KL below which the KL has no gradient (code 1)
-    entropy_weight: float = 1e-4  # of the actor's entropy in J(pi) (paper 1e-4)
+    entropy_weight: float = 1e-4  # weight of the actor's entropy in J(pi) (paper 1e-4)
     discount_head: bool = False  # learn when an episode ends for good; few tasks here do (lqr)
     model_lr: float = 3e-4  # Adam's learning rate for the model (code 3e-4)
     actor_lr: float = 8e-5  # Adam's learning rate for the actor (code 8e-5)
     critic_lr: float = 8e-5  # Adam's learning rate for the critic (code 8e-5)
-    weight_decay: float = 1e-6  # share that a weight loses per update, at any rate (paper 1e-6)
-    target_every_updates: int = 100  # target networks move at every Nth update (critic's; 100)
+    weight_decay: float = 1e-6  # weight decay per update, for any learning rate (paper 1e-6)
+    target_every_updates: int = 100  # update the target networks at every Nth update (code 100)
     # switches for data efficiency, all off
-    model_every_updates: int = 1  # the model moves at every Nth update
-    behavior_every_updates: int = 1  # actor and critic move at every Nth update
+    model_every_updates: int = 1  # update the model at every Nth update
+    behavior_every_updates: int = 1  # update actor and critic at every Nth update
     reset: Literal["none", "transition", "actor-critic", "all"] = "none"  # weights that are reset
-    reset_every_updates: int = 25_000  # distance between resets, without the catch-up updates
+    reset_every_updates: int = 25_000  # interval between resets, without the catch-up updates
     reset_alpha: float = 0.8  # how far a reset goes: 0 keeps the weights, 1 makes them fresh
     catch_up_updates: int = 1000  # extra updates after each reset
     shift: int = 0  # largest random shift of the images that the model sees [pixels]
     encoder_tau: float = 0.05  # Polyak coefficient of the target encoder (CURL 0.05)
-    infonce_weight: float = 0.0  # of InfoNCE between encoder and target encoder
-    spr_weight: float = 0.0  # of predicting the target encoder's next five outputs (SPR)
+    infonce_weight: float = 0.0  # weight of InfoNCE between encoder and target encoder
+    spr_weight: float = 0.0  # weight of predicting the target encoder's next five outputs (SPR)
     mask_ratio: float = 0.0  # share of feature map cells hidden in a second reconstruction; 0: none
 
 
@@ -449,7 +449,7 @@ class Cadence(NamedTuple):
 class Agent(nn.Module):
     """DreamerV2. Read update() first: it is the algorithm; each loss is a method."""
 
-    updates = 0  # made before this one; the training loop sets it
+    updates = 0  # number of updates so far; the training loop sets it
 
     def __init__(self, args, spec):
         super().__init__()
@@ -808,9 +808,9 @@ class EnvSpec(NamedTuple):
 
 
 class Step(NamedTuple):
-    obs: np.ndarray  # what the agent sees: image uint8 (3, H, W), or the state
+    obs: np.ndarray  # the agent's observation: an image uint8 (3, H, W) or the state
     state: np.ndarray  # the task's own observation, flattened, float32 (S,)
-    action: np.ndarray  # what led here, float32 (A,); zeros where an episode starts
+    action: np.ndarray  # the action that led here, float32 (A,); zeros at an episode's start
     reward: float  # summed over the frames of the step
     discount: float  # 0 where the task ended for good; 1 everywhere else, at a time limit too
     first: bool  # an episode starts
@@ -969,8 +969,9 @@ class ReplayBuffer:
         rows = np.empty(0, np.int64)
         for _ in range(1000):
             new = rng.integers(oldest, self.row - length + 1, count)
-            starts = self.files["start"][new + length - 1]  # of the last rows' episodes
-            rows = np.append(rows, new[starts <= new + length - same_episode_tail])
+            last = new + length - 1
+            whole = self.files["start"][last] <= last - same_episode_tail + 1  # one episode
+            rows = np.append(rows, new[whole])
             if len(rows) >= count:
                 return rows[:count]
         raise UsageError("env_id", f"hardly any episode has {same_episode_tail} rows for a sample")

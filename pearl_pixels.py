@@ -100,23 +100,23 @@ class Args:
     # all scripts have these
     env_id: str = "cheetah-vel"  # <domain>-<task> of the dm_control suite (here a family of tasks)
     smoke: bool = False  # small images and networks that learn visibly in minutes on two CPU cores
-    seed: int = 1  # of the environment, the networks and the sampling
-    total_frames: int = 520_000  # the run ends with the episode that reaches so many [frames]
+    seed: int = 1  # random seed of the environment, the networks and the sampling
+    total_frames: int = 520_000  # length of the run; the last episode is completed [frames]
     device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto uses a GPU if there is one
-    resume: str = ""  # folder of a run to go on with; the run's arguments are the defaults
-    evaluate: str = ""  # folder of a run whose agent is played and filmed
+    resume: str = ""  # continue the run in this folder, with its arguments as defaults
+    evaluate: str = ""  # play and film the trained agent of the run in this folder
     video: bool = True  # film the first episode of every evaluation (here the first task's)
-    track: bool = False  # log to Weights & Biases, too
-    runs_dir: str = "runs"  # where the run's folder is made
+    track: bool = False  # also log to Weights & Biases
+    runs_dir: str = "runs"  # folder in which the run's folder is created
     action_repeat: int = 1  # frames per step (always 1)
-    image_size: int = 64  # side of the square image [pixels]
+    image_size: int = 64  # width and height of an image [pixels]
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of matrix products and convs
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # number type of matrix products and convs
     cuda_graph: bool = True  # on CUDA, launch an update or an action as one graph
     replay_capacity = math.inf  # not a flag: samples reach back to the run's first trajectory
     delete_replay: bool = False  # remove the replay buffer's files when the run has finished
-    batch_size: int = 64  # samples per update (transitions of each task; code 256)
-    eval_every_frames: int = 20_000  # distance between evaluations [frames]
+    batch_size: int = 64  # samples per batch (transitions of each task; code 256)
+    eval_every_frames: int = 20_000  # interval between evaluations [frames]
     eval_episodes: int = 2  # episodes per evaluation (adaptations to each task)
     checkpoint_every_minutes: float = 5.0  # minimum time between two checkpoints [minutes]
     # this algorithm
@@ -125,13 +125,13 @@ class Args:
     oracle: bool = False  # z is the task's parameter, and nothing is inferred
     train_tasks: int = 20  # tasks to train on, of a family without end (code 100)
     test_tasks: int = 10  # tasks to test on, of a family without end (code 30)
-    task_seed: int = 1337  # of the tasks' parameters
+    task_seed: int = 1337  # random seed of the tasks' parameters
     trajectory_steps: int = 0  # steps per trajectory; 0: the family's
     initial_steps: int = 1000  # steps per training task by the untrained policy (code 2000)
     tasks_per_iteration: int = 5  # training tasks that an iteration visits (code 5)
-    prior_steps: int | None = None  # of a visit, for Qs and context; z from the prior (None: 400)
-    posterior_steps: int = 0  # of a visit, for Qs and context; z inferred (code 0)
-    extra_steps: int | None = None  # of a visit, for the Qs alone; z inferred (None: 600)
+    prior_steps: int | None = None  # steps per visit with z from the prior (None: 400)
+    posterior_steps: int = 0  # steps per visit with an inferred z (code 0)
+    extra_steps: int | None = None  # more of those, which the context leaves out (None: 600)
     updates_per_iteration: int = 1000  # updates after the visits of an iteration (code 2000)
     meta_batch: int | None = None  # tasks per update (None: 16)
     context_size: int | None = None  # transitions that z is inferred from (None: 100)
@@ -151,9 +151,9 @@ class Args:
     feature_dim: int = 50  # size of an image's features (x with --obs-mode critic or ae)
     cnn_lr: float = 3e-4  # Adam's learning rate for CNN and decoder
     cnn_pretrain_updates: int = 1000  # regressions of a cnn mode on the initial trajectories
-    rl_weight: float = 0.1  # of J(Q)'s gradient in the CNN with --obs-mode cnn-rl
+    rl_weight: float = 0.1  # weight of J(Q)'s gradient in the CNN with --obs-mode cnn-rl
     encoder_tau: float = 0.05  # Polyak coefficient of the target encoder
-    latent_weight: float = 1e-6  # of the penalty |z|^2 / 2 (of x, with --obs-mode ae)
+    latent_weight: float = 1e-6  # weight of the penalty |z|^2 / 2 (of x, with --obs-mode ae)
     decoder_weight_decay: float = 1e-7  # L2 on the decoder, inside Adam
 
     def __post_init__(self):
@@ -758,9 +758,9 @@ class EnvSpec(NamedTuple):
 
 
 class Step(NamedTuple):
-    obs: np.ndarray  # what the agent sees: image uint8 (3, H, W), or the state
+    obs: np.ndarray  # the agent's observation: an image uint8 (3, H, W) or the state
     state: np.ndarray  # the task's own observation, flattened, float32 (S,)
-    action: np.ndarray  # what led here, float32 (A,); zeros where an episode starts
+    action: np.ndarray  # the action that led here, float32 (A,); zeros at an episode's start
     reward: float  # summed over the frames of the step
     discount: float  # 0 where the task ended for good; 1 everywhere else, at a time limit too
     first: bool  # an episode starts
@@ -903,8 +903,9 @@ class ReplayBuffer:
         rows = np.empty(0, np.int64)
         for _ in range(1000):
             new = rng.integers(oldest, self.row - length + 1, count)
-            starts = self.files["start"][new + length - 1]  # of the last rows' episodes
-            rows = np.append(rows, new[starts <= new + length - same_episode_tail])
+            last = new + length - 1
+            whole = self.files["start"][last] <= last - same_episode_tail + 1  # one episode
+            rows = np.append(rows, new[whole])
             if len(rows) >= count:
                 return rows[:count]
         raise UsageError("env_id", f"hardly any episode has {same_episode_tail} rows for a sample")

@@ -98,26 +98,26 @@ class Args:
     # all scripts have these
     env_id: str = "cheetah-run"  # <domain>-<task> of the dm_control suite (or module:function)
     smoke: bool = False  # small images and networks that learn visibly in minutes on two CPU cores
-    seed: int = 1  # of the environment, the networks and the sampling
-    total_frames: int = 1_000_000  # the run ends with the episode that reaches so many [frames]
+    seed: int = 1  # random seed of the environment, the networks and the sampling
+    total_frames: int = 1_000_000  # length of the run; the last episode is completed [frames]
     device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto uses a GPU if there is one
-    resume: str = ""  # folder of a run to go on with; the run's arguments are the defaults
-    evaluate: str = ""  # folder of a run whose agent is played and filmed
+    resume: str = ""  # continue the run in this folder, with its arguments as defaults
+    evaluate: str = ""  # play and film the trained agent of the run in this folder
     video: bool = True  # film the first episode of every evaluation
-    track: bool = False  # log to Weights & Biases, too
-    runs_dir: str = "runs"  # where the run's folder is made
+    track: bool = False  # also log to Weights & Biases
+    runs_dir: str = "runs"  # folder in which the run's folder is created
     action_repeat: int = 0  # frames per step (0: the published value for the task)
     obs = "pixels"  # not a flag: this script sees nothing else
-    image_size: int = 64  # side of the square image [pixels]
+    image_size: int = 64  # width and height of an image [pixels]
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # of matrix products and convs
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # number type of matrix products and convs
     cuda_graph: bool = True  # on CUDA, launch an update or an action as one graph
-    replay_capacity: int = 100_000  # samples are among the newest so many rows, one per image
+    replay_capacity: int = 100_000  # sample from this many of the newest rows; one row per image
     delete_replay: bool = False  # remove the replay buffer's files when the run has finished
-    warmup_steps: int = 0  # random steps at first, rounded up to whole episodes (0: 10,000 frames)
+    warmup_steps: int = 0  # random steps before training, in whole episodes (0: 10,000 frames)
     pretrain_updates: int = 50_000  # updates in one burst after the warm-up (model; paper 50,000)
-    updates_per_step: float = 1.0  # updates per step from then on (paper 1)
-    eval_every_frames: int = 10_000  # distance between evaluations [frames]
+    updates_per_step: float = 1.0  # updates per step after that burst (paper 1)
+    eval_every_frames: int = 10_000  # interval between evaluations [frames]
     eval_episodes: int = 10  # episodes per evaluation (paper 10)
     checkpoint_every_minutes: float = 5.0  # minimum time between two checkpoints [minutes]
     # this algorithm
@@ -443,7 +443,7 @@ class Cadence(NamedTuple):
 class Agent(nn.Module):
     """SLAC. Read update() first: it is the algorithm; each loss is a method."""
 
-    updates = 0  # made before this one; the training loop sets it
+    updates = 0  # number of updates so far; the training loop sets it
 
     def __init__(self, args, spec):
         super().__init__()
@@ -677,9 +677,9 @@ class EnvSpec(NamedTuple):
 
 
 class Step(NamedTuple):
-    obs: np.ndarray  # what the agent sees: image uint8 (3, H, W), or the state
+    obs: np.ndarray  # the agent's observation: an image uint8 (3, H, W) or the state
     state: np.ndarray  # the task's own observation, flattened, float32 (S,)
-    action: np.ndarray  # what led here, float32 (A,); zeros where an episode starts
+    action: np.ndarray  # the action that led here, float32 (A,); zeros at an episode's start
     reward: float  # summed over the frames of the step
     discount: float  # 0 where the task ended for good; 1 everywhere else, at a time limit too
     first: bool  # an episode starts
@@ -838,8 +838,9 @@ class ReplayBuffer:
         rows = np.empty(0, np.int64)
         for _ in range(1000):
             new = rng.integers(oldest, self.row - length + 1, count)
-            starts = self.files["start"][new + length - 1]  # of the last rows' episodes
-            rows = np.append(rows, new[starts <= new + length - same_episode_tail])
+            last = new + length - 1
+            whole = self.files["start"][last] <= last - same_episode_tail + 1  # one episode
+            rows = np.append(rows, new[whole])
             if len(rows) >= count:
                 return rows[:count]
         raise UsageError("env_id", f"hardly any episode has {same_episode_tail} rows for a sample")
