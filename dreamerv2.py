@@ -118,7 +118,10 @@ class Args:
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # number type of matrix products and convs
     cuda_graph: bool = True  # on CUDA, launch an update or an action as one graph
+    compile: bool = True  # with CUDA graphs, fuse small kernels; the run starts a minute later
+    threads: int = 0  # CPU threads (0: PyTorch's choice); 1 is best for runs side by side
     replay_capacity: int = 2_000_000  # sample from this many of the newest rows; one row per image
+    replay_device: Literal["auto", "cpu"] = "auto"  # cpu: the rows need no memory of the GPU
     delete_replay: bool = False  # remove the replay buffer's files when the run has finished
     warmup_steps: int = 1000  # random steps before training, in whole episodes (code 1000)
     pretrain_updates: int = 100  # updates in one burst after the warm-up (code 100)
@@ -171,7 +174,7 @@ SMOKE = {
     "decoder_kernels": (5, 6, 6), "depth": 8, "categoricals": 8, "classes": 8, "deter_dim": 64,
     "hidden_dim": 64, "head_dim": 64, "head_layers": 2, "horizon": 8, "gamma": 0.98,
     "entropy_weight": 3e-3, "model_lr": 1e-3, "actor_lr": 3e-4, "critic_lr": 4e-4,
-    "eval_every_frames": 10_000,
+    "eval_every_frames": 10_000, "compile": False,
 }  # fmt: skip
 MAY_BE_ZERO = ["catch_up_updates", "entropy_weight", "free_nats", "gamma", "infonce_weight"]
 MAY_BE_ZERO += ["kl_balance", "kl_scale", "mask_ratio", "pretrain_updates", "return_lambda", "seed"]
@@ -298,6 +301,18 @@ def lambda_returns(reward, value, discount, lambda_):
     return torch.stack(returns[:0:-1])
 
 
+class Permute(nn.Module):
+    """Another order of the dimensions. Between convs and linear layers channels come last, as they
+    do in memory, so that nothing is copied."""
+
+    def __init__(self, *order):
+        super().__init__()
+        self.order = order
+
+    def forward(self, x):
+        return x.permute(self.order)
+
+
 class Encoder(nn.Module):
     """Images (N, C, H, W) in [-0.5, 0.5] -> feature maps of the second layer, embeddings (N, E)."""
 
@@ -308,7 +323,7 @@ class Encoder(nn.Module):
         for i in range(len(args.decoder_kernels)):
             layers += [nn.Conv2d(channels, args.depth * 2**i, 4, 2), nn.ELU()]
             channels = args.depth * 2**i
-        self.net = nn.Sequential(*layers, nn.Flatten())
+        self.net = nn.Sequential(*layers, Permute(0, 2, 3, 1), nn.Flatten())
         self.dim = channels * image_sides(args)[0] ** 2
 
     def forward(self, images):
@@ -376,23 +391,29 @@ class RSSM(nn.Module):
         h = self.cell(self.gru_in(torch.cat([z, action], -1)), h)
         return one_hot_sample(self.prior(h), noise), h
 
+    def observe_step(self, z, h, x, y, noise):
+        """Next state z' (B, Z), h' (B, D) and the posterior's logits (B, S, K); x and y are what
+        the action and the embedding add to gru_in and post_in."""
+        w_z = self.gru_in.weight[:, : self.z_dim]
+        w_h = self.post_in.weight[:, : self.h_dim]
+        h = self.cell(F.linear(z, w_z) + x, h)
+        post = self.post_out(F.elu(F.linear(h, w_h) + y)).unflatten(-1, self.shape)
+        return one_hot_sample(post, noise), h, post
+
     def observe(self, e, action, is_first, noise, z=None, h=None):
         """Filters embeddings e (B, T, E), the actions before them (B, T, A) and is_first (B, T)
         with noise (B, T, S, K), from the state z, h on: z (B, T, Z), h (B, T, D), and the logits of
         posterior and prior (B, T, S, K). Where is_first, the state before and the action are 0."""
         keep = 1.0 - is_first[..., None].float()
         # the parts of gru_in and post_in that read a and e, for all times at once; z and h follow
-        w_z, w_a = self.gru_in.weight.split([self.z_dim, action.shape[-1]], 1)
-        w_h, w_e = self.post_in.weight.split([self.h_dim, e.shape[-1]], 1)
-        x = F.linear(action * keep, w_a, self.gru_in.bias)
-        y = F.linear(e, w_e, self.post_in.bias)
+        x = F.linear(action * keep, self.gru_in.weight[:, self.z_dim :], self.gru_in.bias)
+        y = F.linear(e, self.post_in.weight[:, self.h_dim :], self.post_in.bias)
         z = e.new_zeros(len(e), self.z_dim) if z is None else z
         h = e.new_zeros(len(e), self.h_dim) if h is None else h
         states = []
         for t in range(e.shape[1]):
-            h = self.cell(F.linear(z * keep[:, t], w_z) + x[:, t], h * keep[:, t])
-            post = self.post_out(F.elu(F.linear(h, w_h) + y[:, t])).unflatten(-1, self.shape)
-            z = one_hot_sample(post, noise[:, t])
+            state = z * keep[:, t], h * keep[:, t]
+            z, h, post = self.observe_step(*state, x[:, t], y[:, t], noise[:, t])
             states.append((z, h, post))
         z, h, post = (torch.stack(values, 1) for values in zip(*states, strict=True))
         return z, h, post, self.prior(h)
@@ -450,6 +471,7 @@ class Agent(nn.Module):
     """DreamerV2. Read update() first: it is the algorithm; each loss is a method."""
 
     updates = 0  # number of updates so far; the training loop sets it
+    compiled = ("rssm.observe_step", "imagine_step", "model_loss")  # see --compile
 
     def __init__(self, args, spec):
         super().__init__()
@@ -585,6 +607,14 @@ class Agent(nn.Module):
         loss = sum(weights.get(name, 1.0) * value for name, value in losses.items())
         return loss, {**losses, "stat/kl": kl}
 
+    def imagine_step(self, features, z, h, uniform, noise):
+        """The actor's next step in the model: z (N, Z), h (N, D), and the actor's entropy (N,)."""
+        # no gradient through what the actor sees, only through what its actions bring about
+        loc, std = self.actor(features.detach())
+        action, entropy = truncated_normal(loc, std, uniform)
+        z, h = self.rssm.imagine_step(z, h, action, noise)
+        return z, h, entropy.sum(-1)
+
     def imagine(self, z, h):
         """The actor acts in the model, from states z (N, Z), h (N, D) on. Gives the features
         (H + 1, N, F), and the actor's entropies (H, N) at all but the last. Actions carry
@@ -594,12 +624,9 @@ class Agent(nn.Module):
         noise = self.rssm.noise(self.args.horizon, len(z))
         uniform = torch.rand(*noise.shape[:2], self.spec.action_dim, device=z.device)
         for t in range(self.args.horizon):
-            # no gradient through what the actor sees, only through what its actions bring about
-            loc, std = self.actor(features[-1].detach())
-            action, entropy = truncated_normal(loc, std, uniform[t])
-            z, h = self.rssm.imagine_step(z, h, action, noise[t])
-            features.append(torch.cat([z, h], -1))
-            entropies.append(entropy.sum(-1))
+            z, h, entropy = self.imagine_step(features[-1], z, h, uniform[t], noise[t])
+            features.append(torch.cat([z, h], -1))  # (N, F)
+            entropies.append(entropy)
         return torch.stack(features), torch.stack(entropies)
 
     def discounts(self, features, first_discount):
@@ -920,7 +947,7 @@ def upload(values, device):
 
 class ReplayBuffer:
     """Rows in memory-mapped files. What a checkpoint counts is never written again, so that a run
-    can go on after a process died. A GPU has a copy of the rows.
+    can go on after a process died. A GPU has a copy of the rows, or of each batch alone.
 
     Row t holds image t, the action that led to it (zeros at an episode's start), the reward and the
     discount on arriving. A transition is rows t and t + 1 of one episode. Samples reach `capacity`
@@ -929,7 +956,8 @@ class ReplayBuffer:
     def __init__(self, folder, rows, args, spec):
         self.folder = Path(folder)
         self.capacity = args.replay_capacity
-        self.device = args.device
+        self.device = args.device  # of samples
+        self.rows_device = args.device if args.replay_device == "auto" else "cpu"
         self.row = 0
         pixel = np.uint8 if len(spec.obs_shape) == 3 else np.float32
         floats = {"action": spec.action_dim, "reward": 1, "discount": 1, "state": spec.state_dim}
@@ -948,7 +976,7 @@ class ReplayBuffer:
                 if hasattr(os, "posix_fallocate"):  # not on macOS
                     os.posix_fallocate(file.fileno(), 0, rows * dtype.itemsize)
             self.files[name] = np.memmap(self.folder / name, dtype, "r+", shape=(rows,))
-        self.columns = {k: torch.from_numpy(v).to(self.device) for k, v in self.files.items()}
+        self.columns = {k: torch.from_numpy(v).to(self.rows_device) for k, v in self.files.items()}
 
     def add(self, step):
         """Appends a Step."""
@@ -958,8 +986,8 @@ class ReplayBuffer:
         values["start"] = self.row if step.first else self.files["start"][self.row - 1]
         for name, file in self.files.items():
             file[self.row] = values[name]
-            if self.device != "cpu":
-                self.columns[name][self.row] = upload(file[self.row], self.device)
+            if self.rows_device != "cpu":
+                self.columns[name][self.row] = upload(file[self.row], self.rows_device)
         self.row += 1
 
     def draw(self, rng, count, length, same_episode_tail):
@@ -978,8 +1006,9 @@ class ReplayBuffer:
 
     def gather(self, name, rows):
         """Rows of a column, (*rows.shape, ...). On a CPU index_select is much faster than [ ]."""
-        indices = upload(rows.ravel(), self.device)
-        return self.columns[name].index_select(0, indices).unflatten(0, rows.shape)
+        indices = upload(rows.ravel(), self.rows_device)
+        values = self.columns[name].index_select(0, indices).unflatten(0, rows.shape)
+        return upload(values, self.device)
 
 
 # ---- evaluation --------------------------------------------------------------------------------
@@ -1131,14 +1160,27 @@ def load_agent(path, device="cpu"):
 
 
 # ---- CUDA graphs (a reader can skip them) --------------------------------------------------------
+def compile_parts(agent):
+    """Compiles what Agent.compiled names, so that one kernel takes the place of many small ones."""
+    compilers = [shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")]
+    if not (importlib.util.find_spec("triton") and any(compilers)):
+        print("warning: --compile has no effect, it needs Triton and a C compiler (gcc or clang)")
+        return
+    for name in agent.compiled:
+        owner, _, method = name.rpartition(".")
+        module = agent.get_submodule(owner)
+        setattr(module, method, torch.compile(getattr(module, method), dynamic=False))
+
+
 def record(agent, name, cadence=tuple):
     """Wraps a method of the agent in CUDA graphs. For each combination of the inputs' shapes, the
     bools and None among them, the options and cadence(), the method runs three times as it is, is
-    then recorded, and from then on replayed on copies of the inputs. Whatever else it reads or
-    changes must lie on the GPU."""
+    then recorded, and from then on replayed, always on copies of the inputs that keep their place
+    in memory. Whatever else it reads or changes must lie on the GPU."""
     method = getattr(agent, name)
     device = agent.args.device
     side_stream = torch.cuda.Stream()
+    places = {}
     calls = {}
     graphs = {}
 
@@ -1147,31 +1189,38 @@ def record(agent, name, cadence=tuple):
         inputs = tree_map(lambda x: x if isinstance(x, fixed) else upload(x, device), inputs)
         shapes = tree_map_only(torch.Tensor, lambda tensor: tensor.shape, inputs)
         key = str((shapes, options, cadence()))
-        calls[key] = calls.get(key, 0) + 1
+        if key not in places:
+            contiguous = functools.partial(torch.clone, memory_format=torch.contiguous_format)
+            places[key] = tree_map_only(torch.Tensor, contiguous, inputs)
+            calls[key] = 0
+        calls[key] += 1
+        for place, new in zip(tree_leaves(places[key]), tree_leaves(inputs), strict=True):
+            if isinstance(place, torch.Tensor):
+                place.copy_(new)
         if calls[key] <= 3:  # in these, algorithms are chosen and Adam makes its moments
             now = torch.cuda.current_stream()
             side_stream.wait_stream(now)
             with torch.cuda.stream(side_stream):
-                outputs = method(*inputs, **options)
+                outputs = method(*places[key], **options)
             now.wait_stream(side_stream)
-            return outputs
-        if key not in graphs:
-            places = tree_map_only(torch.Tensor, torch.clone, inputs)
-            groups = [g for o in agent.optimizers.values() for g in o.param_groups]
-            graph = torch.cuda.CUDAGraph()
-            for group in groups:
-                group["capturable"] = True
-            with torch.cuda.graph(graph):  # records and does not run
-                outputs = method(*places, **options)
-            for group in groups:
-                group["capturable"] = False
-            graphs[key] = graph, places, outputs
-        graph, places, outputs = graphs[key]
-        for old, new in zip(tree_leaves(places), tree_leaves(inputs), strict=True):
-            if isinstance(old, torch.Tensor):
-                old.copy_(new)
-        graph.replay()
+        else:
+            if key not in graphs:
+                graphs[key] = capture(*places[key], **options)
+            graph, outputs = graphs[key]
+            graph.replay()
         return tree_map_only(torch.Tensor, torch.clone, outputs)
+
+    def capture(*inputs, **options):
+        groups = [g for o in agent.optimizers.values() for g in o.param_groups]
+        graph = torch.cuda.CUDAGraph()
+        for group in groups:
+            group["capturable"] = True
+        # to compile now would spoil the recording, so that what needs it runs uncompiled
+        with torch.compiler.set_stance("eager_on_recompile"), torch.cuda.graph(graph):
+            outputs = method(*inputs, **options)  # is recorded and does not run
+        for group in groups:
+            group["capturable"] = False
+        return graph, outputs
 
     launch.graphs = graphs
     setattr(agent, name, launch)
@@ -1198,6 +1247,22 @@ def updates_due(args, step):
     due = args.pretrain_updates + int(args.updates_per_step * since) if since >= 0 else 0
     resets = due // args.reset_every_updates if args.reset != "none" else 0
     return due + args.catch_up_updates * resets
+
+
+def to_host(tensor):
+    """Starts to copy a tensor to the CPU. Gives a function that waits for the copy, but not for
+    what a GPU was asked to do since, and gives the array."""
+    if not tensor.is_cuda:
+        return tensor.cpu().numpy
+    copy_on_host = tensor.to("cpu", non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait():
+        copied.synchronize()
+        return copy_on_host.numpy()
+
+    return wait
 
 
 class Stop:
@@ -1249,6 +1314,8 @@ def train(args, run_dir, stop, payload=None):
         buffer = ReplayBuffer(run_dir / "replay", rows, args, env.spec)
     buffer.row = progress.row
     if args.cuda_graph and args.device.startswith("cuda"):
+        if args.compile:
+            compile_parts(agent)
         record(agent, "update", agent.cadence)
         record(agent, "act")
     logger = Logger(args, run_dir, progress, updates_due(args, total_steps))
@@ -1311,11 +1378,12 @@ def train(args, run_dir, stop, payload=None):
                 while not step.last:
                     stream(args.seed, "act", progress.step)
                     action, carry = act(step, carry)
+                    wait_for_action = to_host(action)
                     # a longer backlog of updates waits until the episode is over
                     for _ in range(math.ceil(args.updates_per_step)):
                         if warm and progress.updates < updates_due(args, progress.step):
                             update()
-                    action = action.cpu().numpy()
+                    action = wait_for_action()  # while a GPU makes the updates
                     finite({"the action": action.sum()}, progress.updates)
                     step = env.step(action)
                     progress.step += 1
@@ -1339,7 +1407,8 @@ def train(args, run_dir, stop, payload=None):
 # ---- main --------------------------------------------------------------------------------------
 MAY_CHANGE = {  # flags beside --resume and --evaluate
     "resume": {"resume", "total_frames", "device", "video", "track", "precision", "cuda_graph",
-               "delete_replay", "eval_every_frames", "eval_episodes", "checkpoint_every_minutes"},
+               "compile", "replay_device", "delete_replay", "eval_every_frames", "eval_episodes",
+               "checkpoint_every_minutes"},
     "evaluate": {"evaluate", "seed", "eval_episodes", "device", "video", "track", "runs_dir"},
 }  # fmt: skip
 SUMMARY = ["frames", "updates", "wall_s", "random_return", "eval_return"]
@@ -1379,6 +1448,14 @@ def check_args(args):
         torch.zeros(1, device=args.device).item()
     if args.device.startswith("cuda:"):
         torch.cuda.set_device(args.device)
+    cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else "bf16"
+    if args.device == "cpu" and args.precision == "bf16" and "bf16" not in cpu:
+        print("warning: this CPU is slow in bfloat16; leave out --precision bf16")
+    args.threads = args.threads or torch.get_num_threads()
+    busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.7 * os.cpu_count()
+    if busy and args.threads > 1:
+        print("note: other programs are at work; beside them --threads 1 may be much faster")
+    torch.set_num_threads(args.threads)
     tf32 = args.precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 

@@ -102,7 +102,10 @@ class Args:
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # number type of matrix products and convs
     cuda_graph: bool = True  # on CUDA, launch an update or an action as one graph
+    compile: bool = True  # with CUDA graphs, fuse small kernels; the run starts a minute later
+    threads: int = 0  # CPU threads (0: PyTorch's choice); 1 is best for runs side by side
     replay_capacity: int = 1_000_000  # sample from this many of the newest rows; one row per image
+    replay_device: Literal["auto", "cpu"] = "auto"  # cpu: the rows need no memory of the GPU
     delete_replay: bool = False  # remove the replay buffer's files when the run has finished
     warmup_steps: int = 1000  # random steps before training, in whole episodes (paper 1000)
     pretrain_updates: int = 1000  # updates in one burst after the warm-up (authors' code 1000)
@@ -151,7 +154,7 @@ SMOKE = {
     "render": "fast", "warmup_steps": 2000, "pretrain_updates": 500, "updates_per_step": 0.5,
     "batch_size": 32, "filters": 16, "conv_strides": (2, 2, 1), "hidden_dim": 256, "gamma": 0.95,
     "critic_tau": 0.02, "alpha_lr": 1e-3, "actor_every_updates": 1, "target_every_updates": 1,
-    "eval_every_frames": 16_000,
+    "eval_every_frames": 16_000, "compile": False,
 }  # fmt: skip
 MAY_BE_ZERO = ["alpha_beta1", "decoder_weight_decay", "gamma", "kl_weight", "latent_weight"]
 MAY_BE_ZERO += ["pretrain_updates", "seed"]
@@ -231,20 +234,32 @@ def tanh_gaussian(mu, log_std):
     return action, log_prob.sum(-1, keepdim=True)
 
 
+class Permute(nn.Module):
+    """Another order of the dimensions. Between convs and linear layers channels come last, as they
+    do in memory, so that nothing is copied."""
+
+    def __init__(self, *order):
+        super().__init__()
+        self.order = order
+
+    def forward(self, x):
+        return x.permute(self.order)
+
+
 class Head(nn.Module):
     """h (B, F) -> z (B, D): linear, LayerNorm, tanh. The head of a beta-VAE samples z, in training
     and in evaluation."""
 
     def __init__(self, h_dim, z_dim, stochastic):
         super().__init__()
-        self.fc = Float32Linear(h_dim, z_dim)
+        self.fc = nn.Linear(h_dim, z_dim)
         self.norm = nn.LayerNorm(z_dim)
         self.squash = nn.Tanh()
         self.log_std = Float32Linear(h_dim, z_dim) if stochastic else None
 
     def with_kl(self, h):
         """z (B, D), and the mean of KL(q(z|o) || N(0, I)), 0 if the head is deterministic."""
-        mu = self.squash(self.norm(self.fc(h)))
+        mu = self.squash(self.norm(self.fc(h).to(self.norm.weight.dtype)))  # in float32 again
         if self.log_std is None:
             return mu, 0.0
         log_std = bounded_log_std(self.log_std(h))
@@ -271,7 +286,7 @@ class Encoder(nn.Module):
             layers += [nn.Conv2d(channels, args.filters, 3, stride), nn.ReLU()]
             channels = args.filters
         side = conv_sizes(obs_shape[-1], args.conv_strides)[-1]
-        self.convs = nn.Sequential(*layers, nn.Flatten())
+        self.convs = nn.Sequential(*layers, Permute(0, 2, 3, 1), nn.Flatten())
         self.z_dim = args.latent_dim
         self.head = Head(channels * side**2, self.z_dim, stochastic)
 
@@ -286,7 +301,7 @@ class Decoder(nn.Sequential):
         sizes = conv_sizes(obs_shape[-1], args.conv_strides)
         n = args.filters
         layers = [nn.Linear(z_dim, n * sizes[-1] ** 2), nn.ReLU()]
-        layers += [nn.Unflatten(1, (n, sizes[-1], sizes[-1]))]
+        layers += [nn.Unflatten(1, (sizes[-1], sizes[-1], n)), Permute(0, 3, 1, 2)]
         for i, stride in reversed(list(enumerate(args.conv_strides))):
             missing = sizes[i] - (sizes[i + 1] - 1) * stride - 3  # what the conv never reached
             out = n if i else obs_shape[0]
@@ -352,6 +367,7 @@ class Agent(nn.Module):
     """Read update() first: it is the algorithm. Each loss is a method."""
 
     updates = 0  # number of updates so far; the training loop sets it
+    compiled = ("critic_loss", "actor_loss", "alpha_loss", "reconstruction_loss")  # see --compile
 
     def __init__(self, args, spec):
         super().__init__()
@@ -656,7 +672,7 @@ def upload(values, device):
 
 class ReplayBuffer:
     """Rows in memory-mapped files. What a checkpoint counts is never written again, so that a run
-    can go on after a process died. A GPU has a copy of the rows.
+    can go on after a process died. A GPU has a copy of the rows, or of each batch alone.
 
     Row t holds image t, the action that led to it (zeros at an episode's start), the reward and the
     discount on arriving. A transition is rows t and t + 1 of one episode. Samples reach `capacity`
@@ -665,7 +681,8 @@ class ReplayBuffer:
     def __init__(self, folder, rows, args, spec):
         self.folder = Path(folder)
         self.capacity = args.replay_capacity
-        self.device = args.device
+        self.device = args.device  # of samples
+        self.rows_device = args.device if args.replay_device == "auto" else "cpu"
         self.row = 0
         pixel = np.uint8 if len(spec.obs_shape) == 3 else np.float32
         floats = {"action": spec.action_dim, "reward": 1, "discount": 1, "state": spec.state_dim}
@@ -684,7 +701,7 @@ class ReplayBuffer:
                 if hasattr(os, "posix_fallocate"):  # not on macOS
                     os.posix_fallocate(file.fileno(), 0, rows * dtype.itemsize)
             self.files[name] = np.memmap(self.folder / name, dtype, "r+", shape=(rows,))
-        self.columns = {k: torch.from_numpy(v).to(self.device) for k, v in self.files.items()}
+        self.columns = {k: torch.from_numpy(v).to(self.rows_device) for k, v in self.files.items()}
 
     def add(self, step):
         """Appends a Step."""
@@ -694,8 +711,8 @@ class ReplayBuffer:
         values["start"] = self.row if step.first else self.files["start"][self.row - 1]
         for name, file in self.files.items():
             file[self.row] = values[name]
-            if self.device != "cpu":
-                self.columns[name][self.row] = upload(file[self.row], self.device)
+            if self.rows_device != "cpu":
+                self.columns[name][self.row] = upload(file[self.row], self.rows_device)
         self.row += 1
 
     def draw(self, rng, count, length, same_episode_tail):
@@ -714,8 +731,9 @@ class ReplayBuffer:
 
     def gather(self, name, rows):
         """Rows of a column, (*rows.shape, ...). On a CPU index_select is much faster than [ ]."""
-        indices = upload(rows.ravel(), self.device)
-        return self.columns[name].index_select(0, indices).unflatten(0, rows.shape)
+        indices = upload(rows.ravel(), self.rows_device)
+        values = self.columns[name].index_select(0, indices).unflatten(0, rows.shape)
+        return upload(values, self.device)
 
 
 # ---- evaluation --------------------------------------------------------------------------------
@@ -867,14 +885,27 @@ def load_agent(path, device="cpu"):
 
 
 # ---- CUDA graphs (a reader can skip them) --------------------------------------------------------
+def compile_parts(agent):
+    """Compiles what Agent.compiled names, so that one kernel takes the place of many small ones."""
+    compilers = [shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")]
+    if not (importlib.util.find_spec("triton") and any(compilers)):
+        print("warning: --compile has no effect, it needs Triton and a C compiler (gcc or clang)")
+        return
+    for name in agent.compiled:
+        owner, _, method = name.rpartition(".")
+        module = agent.get_submodule(owner)
+        setattr(module, method, torch.compile(getattr(module, method), dynamic=False))
+
+
 def record(agent, name, cadence=tuple):
     """Wraps a method of the agent in CUDA graphs. For each combination of the inputs' shapes, the
     bools and None among them, the options and cadence(), the method runs three times as it is, is
-    then recorded, and from then on replayed on copies of the inputs. Whatever else it reads or
-    changes must lie on the GPU."""
+    then recorded, and from then on replayed, always on copies of the inputs that keep their place
+    in memory. Whatever else it reads or changes must lie on the GPU."""
     method = getattr(agent, name)
     device = agent.args.device
     side_stream = torch.cuda.Stream()
+    places = {}
     calls = {}
     graphs = {}
 
@@ -883,31 +914,38 @@ def record(agent, name, cadence=tuple):
         inputs = tree_map(lambda x: x if isinstance(x, fixed) else upload(x, device), inputs)
         shapes = tree_map_only(torch.Tensor, lambda tensor: tensor.shape, inputs)
         key = str((shapes, options, cadence()))
-        calls[key] = calls.get(key, 0) + 1
+        if key not in places:
+            contiguous = functools.partial(torch.clone, memory_format=torch.contiguous_format)
+            places[key] = tree_map_only(torch.Tensor, contiguous, inputs)
+            calls[key] = 0
+        calls[key] += 1
+        for place, new in zip(tree_leaves(places[key]), tree_leaves(inputs), strict=True):
+            if isinstance(place, torch.Tensor):
+                place.copy_(new)
         if calls[key] <= 3:  # in these, algorithms are chosen and Adam makes its moments
             now = torch.cuda.current_stream()
             side_stream.wait_stream(now)
             with torch.cuda.stream(side_stream):
-                outputs = method(*inputs, **options)
+                outputs = method(*places[key], **options)
             now.wait_stream(side_stream)
-            return outputs
-        if key not in graphs:
-            places = tree_map_only(torch.Tensor, torch.clone, inputs)
-            groups = [g for o in agent.optimizers.values() for g in o.param_groups]
-            graph = torch.cuda.CUDAGraph()
-            for group in groups:
-                group["capturable"] = True
-            with torch.cuda.graph(graph):  # records and does not run
-                outputs = method(*places, **options)
-            for group in groups:
-                group["capturable"] = False
-            graphs[key] = graph, places, outputs
-        graph, places, outputs = graphs[key]
-        for old, new in zip(tree_leaves(places), tree_leaves(inputs), strict=True):
-            if isinstance(old, torch.Tensor):
-                old.copy_(new)
-        graph.replay()
+        else:
+            if key not in graphs:
+                graphs[key] = capture(*places[key], **options)
+            graph, outputs = graphs[key]
+            graph.replay()
         return tree_map_only(torch.Tensor, torch.clone, outputs)
+
+    def capture(*inputs, **options):
+        groups = [g for o in agent.optimizers.values() for g in o.param_groups]
+        graph = torch.cuda.CUDAGraph()
+        for group in groups:
+            group["capturable"] = True
+        # to compile now would spoil the recording, so that what needs it runs uncompiled
+        with torch.compiler.set_stance("eager_on_recompile"), torch.cuda.graph(graph):
+            outputs = method(*inputs, **options)  # is recorded and does not run
+        for group in groups:
+            group["capturable"] = False
+        return graph, outputs
 
     launch.graphs = graphs
     setattr(agent, name, launch)
@@ -925,6 +963,22 @@ def updates_due(args, step):
     """Number of updates that are made by the time this step is taken."""
     since = step - args.warmup_steps
     return args.pretrain_updates + int(args.updates_per_step * since) if since >= 0 else 0
+
+
+def to_host(tensor):
+    """Starts to copy a tensor to the CPU. Gives a function that waits for the copy, but not for
+    what a GPU was asked to do since, and gives the array."""
+    if not tensor.is_cuda:
+        return tensor.cpu().numpy
+    copy_on_host = tensor.to("cpu", non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record()
+
+    def wait():
+        copied.synchronize()
+        return copy_on_host.numpy()
+
+    return wait
 
 
 class Stop:
@@ -976,6 +1030,8 @@ def train(args, run_dir, stop, payload=None):
         buffer = ReplayBuffer(run_dir / "replay", rows, args, env.spec)
     buffer.row = progress.row
     if args.cuda_graph and args.device.startswith("cuda"):
+        if args.compile:
+            compile_parts(agent)
         record(agent, "update", agent.cadence)
         record(agent, "act")
     logger = Logger(args, run_dir, progress, updates_due(args, total_steps))
@@ -1038,11 +1094,12 @@ def train(args, run_dir, stop, payload=None):
                 while not step.last:
                     stream(args.seed, "act", progress.step)
                     action, carry = act(step, carry)
+                    wait_for_action = to_host(action)
                     # a longer backlog of updates waits until the episode is over
                     for _ in range(math.ceil(args.updates_per_step)):
                         if warm and progress.updates < updates_due(args, progress.step):
                             update()
-                    action = action.cpu().numpy()
+                    action = wait_for_action()  # while a GPU makes the updates
                     finite({"the action": action.sum()}, progress.updates)
                     step = env.step(action)
                     progress.step += 1
@@ -1066,7 +1123,8 @@ def train(args, run_dir, stop, payload=None):
 # ---- main --------------------------------------------------------------------------------------
 MAY_CHANGE = {  # flags beside --resume and --evaluate
     "resume": {"resume", "total_frames", "device", "video", "track", "precision", "cuda_graph",
-               "delete_replay", "eval_every_frames", "eval_episodes", "checkpoint_every_minutes"},
+               "compile", "replay_device", "delete_replay", "eval_every_frames", "eval_episodes",
+               "checkpoint_every_minutes"},
     "evaluate": {"evaluate", "seed", "eval_episodes", "device", "video", "track", "runs_dir"},
 }  # fmt: skip
 SUMMARY = ["frames", "updates", "wall_s", "random_return", "eval_return"]
@@ -1106,6 +1164,14 @@ def check_args(args):
         torch.zeros(1, device=args.device).item()
     if args.device.startswith("cuda:"):
         torch.cuda.set_device(args.device)
+    cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else "bf16"
+    if args.device == "cpu" and args.precision == "bf16" and "bf16" not in cpu:
+        print("warning: this CPU is slow in bfloat16; leave out --precision bf16")
+    args.threads = args.threads or torch.get_num_threads()
+    busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.7 * os.cpu_count()
+    if busy and args.threads > 1:
+        print("note: other programs are at work; beside them --threads 1 may be much faster")
+    torch.set_num_threads(args.threads)
     tf32 = args.precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 

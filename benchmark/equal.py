@@ -52,6 +52,25 @@ def parameters(modules):
     return max((p - q).abs().max().item() for pairs in both for p, q in pairs)
 
 
+class Reordered:
+    """Their linear layer, whose inputs (dim 1) or outputs (dim 0) are the pixels of feature maps,
+    in our order: ours has the channels last, theirs first. Inputs before the pixels stay."""
+
+    def __init__(self, layer, channels, dim=1, before=0):
+        size = layer.weight.shape[dim] - before
+        pixels = torch.arange(size).view(channels, -1).T.flatten()
+        self.order = torch.cat([torch.arange(before), before + pixels])
+        self.layer = layer
+        self.dim = dim
+
+    def state_dict(self):
+        bias = self.layer.bias if self.dim else self.layer.bias[self.order]
+        return {"weight": self.layer.weight.index_select(self.dim, self.order), "bias": bias}
+
+    def parameters(self):
+        return self.state_dict().values()
+
+
 def pairs(ours, peer):
     """{part: [(our module, their module)]} of all that has parameters."""
 
@@ -61,7 +80,7 @@ def pairs(ours, peer):
     def encoder(a, b):
         return (
             [(a.convs[2 * i], b.convs[i]) for i in range(4)],
-            [(a.head.fc, b.fc), (a.head.norm, b.ln)],
+            [(a.head.fc, Reordered(b.fc, 32)), (a.head.norm, b.ln)],
         )
 
     out = {}
@@ -72,13 +91,13 @@ def pairs(ours, peer):
         out[name + "convs"], out[name + "head"] = encoder(a, b.encoder)
         out[name + "critic"] = mlp(q.q1, b.Q1.trunk) + mlp(q.q2, b.Q2.trunk)
     out["actor"] = [
-        (ours.actor.head.fc, peer.actor.encoder.fc),
+        (ours.actor.head.fc, Reordered(peer.actor.encoder.fc, 32)),
         (ours.actor.head.norm, peer.actor.encoder.ln),
         *mlp(ours.actor.trunk, peer.actor.trunk),
     ]
     if ours.decoder is not None:
-        deconvs = [(ours.decoder[3 + 2 * i], peer.decoder.deconvs[i]) for i in range(4)]
-        out["decoder"] = [(ours.decoder[0], peer.decoder.fc), *deconvs]
+        deconvs = [(ours.decoder[4 + 2 * i], peer.decoder.deconvs[i]) for i in range(4)]
+        out["decoder"] = [(ours.decoder[0], Reordered(peer.decoder.fc, 32, dim=0)), *deconvs]
     return out
 
 
@@ -338,7 +357,7 @@ def dreamer_pairs(ours, model, behavior):
         (a.gru_norm, b._cell._norm),
         (a.prior_in, b._img_out_layers[0]),
         (a.prior_out, b._ims_stat_layer),
-        (a.post_in, b._obs_out_layers[0]),
+        (a.post_in, Reordered(b._obs_out_layers[0], 384, before=200)),
         (a.post_out, b._obs_stat_layer),
     ]
     return out

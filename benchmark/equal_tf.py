@@ -219,10 +219,6 @@ def dreamer_weights(agent):
     for part in ("kernel", "bias"):  # theirs has two layers for the actor's mean and deviation
         mean, deviation = np.split(out[f"actor/out/out/{part}"], 2, -1)
         out |= {f"actor/out/out/{part}": mean, f"actor/out/std/{part}": deviation}
-    # our embeddings run over channels, rows and columns; theirs over rows, columns and channels
-    h, e = np.split(out["rssm/obs_out/kernel"], [rssm.h_dim])
-    e = e.reshape(-1, 2, 2, e.shape[-1]).transpose(1, 2, 0, 3).reshape(e.shape)
-    out["rssm/obs_out/kernel"] = np.concatenate([h, e])
     return out
 
 

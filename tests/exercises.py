@@ -13,7 +13,7 @@ EXERCISES = {  # number: (text, what stands there instead, the test that fails w
     2: ("moved_by_actor = self.encoder.convs.parameters() if args.actor_trains_encoder else []",
         "moved_by_actor = self.encoder.convs.parameters() if args.actor_lr else []",
         "test_sac_ae.py::test_who_trains_what[default-actor]"),
-    3: ("new[starts <= new + length - same_episode_tail]", "new[starts < new + length]",
+    3: ("last - same_episode_tail + 1  # one episode", "last  # one episode",
         "test_buffer.py::test_draws_are_uniform_over_exactly_the_valid_rows[8-8-1000]"),
     4: ("kl = balance * to_prior.clamp(min=free) + (1 - balance) * to_post.clamp(min=free)",
         "kl = (1 - balance) * to_prior.clamp(min=free) + balance * to_post.clamp(min=free)",

@@ -107,6 +107,27 @@ def tiny_agent(module, flags):
     return agent, buffer, rng
 
 
+def first_name(name):
+    """What the first edition called a weight. The present one permutes before it flattens and after
+    it unflattens, so that the layers behind that have later places."""
+    for new, old in (("decoder.4.", "decoder.3."), ("decoder.6.", "decoder.5."),
+                     ("cnn.6.", "cnn.5."), ("cnn.7.", "cnn.6.")):  # fmt: skip
+        if name.removeprefix("target_").startswith(new):
+            return name.replace(new, old)
+    return name
+
+
+def channels_last(values, name, channels):
+    """The first edition flattened feature maps with the channels first, the present one has them
+    last: the values of a linear layer between convs and features, if it is one, at their places."""
+    dim = int(name.endswith(("head.fc.weight", "log_std.weight", "cnn.5.weight")))
+    into_convs = name.startswith("decoder.0.")
+    if not (dim or into_convs):
+        return values
+    order = np.arange(values.shape[dim]).reshape(channels, -1).T.ravel()
+    return values.take(order, dim)
+
+
 @torch.no_grad()
 def set_weights(agent):
     """Gives each tensor random values that depend on its name alone. What stays as it is: log
@@ -116,12 +137,15 @@ def set_weights(agent):
     for name, tensor in agent.state_dict().items():
         if tensor.ndim == 0 or not tensor.is_floating_point():
             continue
+        name = first_name(name) if hasattr(agent.args, "filters") else name
         values = np.random.default_rng(zlib.crc32(name.encode())).standard_normal(tensor.shape)
         if tensor.ndim >= 2:
             values /= math.sqrt(tensor[0].numel())  # fan-in
         else:
             around_one = name.endswith(("weight", "state_std"))  # a LayerNorm's
             values = around_one + 0.1 * values
+        if hasattr(agent.args, "filters"):
+            values = channels_last(values, name, agent.args.filters)
         tensor.copy_(torch.from_numpy(values))
 
 
@@ -157,7 +181,10 @@ def numbers(script, flags):
             metrics = agent.update(batch)
         for name, value in metrics.items():
             out.setdefault(f"metric {name}", [None] * UPDATES)[i] = float(value)
-    return out | {f"weight {name}": digest(v) for name, v in agent.state_dict().items()}
+    filters = hasattr(agent.args, "filters")
+    for name, tensor in agent.state_dict().items():
+        out[f"weight {first_name(name) if filters else name}"] = digest(tensor)
+    return out
 
 
 def differences(script, now, was):

@@ -10,8 +10,10 @@ does so with a script of your own, which began as a copy of one of ours. Flags m
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import importlib
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +22,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, TINY, noise_step, run, summary, tiny_agent, tiny_args
+from conftest import SCRIPTS, TINY, noise_step, run, run_here, summary, tiny_agent, tiny_args
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -76,6 +78,9 @@ def small_agent(path, flags="", device="cpu"):
 
 def tensors(tree):
     return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+STANCES = "default", "fail_on_recompile"
 
 
 class StandIn(TorchDispatchMode):
@@ -134,9 +139,12 @@ def stand_in(monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
 
 
-def history(name, flags, graph, device="cpu", updates=26):
-    """All metrics, actions, moments and weights of updates and actions in turn."""
+def history(name, flags, graph, device="cpu", updates=26, compiled=False):
+    """All metrics, actions, moments and weights of updates and actions in turn. Where parts of the
+    agent are compiled, nothing may be compiled again after 18 updates."""
     module, agent, buffer, rng = small_agent(name, flags, device)
+    if compiled:
+        module.compile_parts(agent)
     if graph:
         module.record(agent, "update", getattr(agent, "cadence", tuple))
         module.record(agent, "act")
@@ -146,7 +154,8 @@ def history(name, flags, graph, device="cpu", updates=26):
         step = noise_step(module, agent.spec, rng, first)
         explore = agent.updates % 4 < 2
         action, carry = agent.act(step, None if first else carry, explore=explore)
-        with module.autocast(agent.args):
+        late = compiled and agent.updates >= 18
+        with module.autocast(agent.args), torch.compiler.set_stance(STANCES[late]):
             metrics = agent.update(agent.sample(buffer, rng))
         out.append({**metrics, "action": action})
     for optimizer in agent.optimizers.values():
@@ -174,6 +183,68 @@ def test_a_recorded_run_is_the_eager_run(stand_in, case):
     recorded, counts = history(name, flags, graph=True)
     assert same(eager, recorded) == [], "differs: a Python number that changes is frozen (update())"
     assert counts[0] == (recordings or counts[0]) >= 1 and counts[1] >= 1
+
+
+def with_triton(name, find_spec=importlib.util.find_spec):
+    return name == "triton" or find_spec(name)
+
+
+@pytest.mark.parametrize("graph", [False, True])
+def test_compiled_parts_give_the_numbers_of_eager_code(stand_in, monkeypatch, case, graph):
+    """In one graph each, and nothing is compiled late. Without a GPU all but the last stage of the
+    compiler can be tested."""
+    torch.compiler.reset()
+    compiler = functools.partial(torch.compile, backend="aot_eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", compiler)
+    monkeypatch.setattr(importlib.util, "find_spec", with_triton)
+    eager, _ = history(*case[:2], graph=False)
+    compiled, _ = history(*case[:2], graph=graph, compiled=True)
+    for i, (a, b) in enumerate(zip(eager, compiled, strict=True)):
+        for k in a:
+            torch.testing.assert_close(b[k], a[k], rtol=1e-3, atol=1e-4, msg=f"{i} {k}")
+
+
+def test_without_a_compiler_a_run_goes_on(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", with_triton)
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    sac_ae.compile_parts(MagicMock(compiled=("critic_loss",)))
+    out = capsys.readouterr().out
+    assert out.startswith("warning: --compile has no effect") and out.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", SCRIPTS[:4])
+def test_the_environment_steps_while_a_gpu_makes_the_updates(name, monkeypatch, tmp_path):
+    """The loop asks for an action, starts to copy it, launches the updates, and waits for the copy
+    alone."""
+    module, order = importlib.import_module(name), []
+
+    def logged(function, word):
+        return lambda *x, **kwargs: (order.append(word), function(*x, **kwargs))[1]
+
+    def to_host(tensor):
+        order.append("copy")
+        return logged(tensor.numpy, "wait")
+
+    monkeypatch.setattr(module, "to_host", to_host)
+    monkeypatch.setattr(module.Agent, "act", logged(module.Agent.act, "act"))
+    monkeypatch.setattr(module.Agent, "update", logged(module.Agent.update, "update"))
+    monkeypatch.setattr(module.PixelEnv, "step", logged(module.PixelEnv.step, "step"))
+    run_here(name, f"{TINY[name]} --updates-per-step 1 --runs-dir {tmp_path}")
+    text = " ".join(order)
+    assert text.count("act copy update wait step") > 50
+    assert "update wait step update" not in text.replace("act copy ", "")
+
+
+def test_a_small_gpu_gets_batches_and_the_host_keeps_the_rows(tmp_path):
+    args = tiny_args(sac_ae, "--replay-device cpu", device="meta")
+    spec = sac_ae.EnvSpec((3, 24, 24), 2, 4)
+    buffer = sac_ae.ReplayBuffer(tmp_path, 20, args, spec)
+    rng = np.random.default_rng(0)
+    for t in range(10):
+        buffer.add(noise_step(sac_ae, spec, rng, t == 0))
+    assert all(column.is_cpu for column in buffer.columns.values())
+    batch = buffer.gather("obs", np.arange(6).reshape(2, 3))
+    assert batch.is_meta and batch.shape == (2, 3, 3, 24, 24)
 
 
 def test_a_copy_is_told_what_a_recording_must_not_do(stand_in, tmp_path):

@@ -32,7 +32,6 @@ VARIES = {  # name: (scripts with a text of their own, or two that share one; al
                       "list different repeats, DreamerV2 has 2 everywhere, PEARL 1"),
     "MAY_BE_ZERO": (EACH[2:], "names fields of Args; SAC+GAARA adds two in the next line"),
     "AT_MOST_ONE": (EACH[2:], "names fields of Args; SAC+AE and SAC+GAARA name the same ones"),
-    "MAY_CHANGE": (("slac.py",), "SLAC can be evaluated by another --eval-policy"),
     "algorithm_checks": (EACH, "refuses what only this script's arguments can get wrong"),
     "updates_due": (("dreamerv2.py",), "adds the catch-up updates of its resets"),
     "load_task": (("pearl_pixels.py",), "tasks are the suite's, with a target or changed physics"),
