@@ -347,9 +347,10 @@ class Decoder(nn.Module):
 
     def forward(self, features):
         first = self.net[0]  # its input is one pixel: as a matrix product it is five times as fast
-        x = self.fc(features) @ first.weight.flatten(1)  # (N, C * k * k)
-        x = x.unflatten(1, first.weight.shape[1:]) + first.bias[:, None, None]
-        return self.net[1:](x)
+        weight = first.weight.permute(0, 2, 3, 1)  # (C', k, k, C), a view: channels are last
+        x = self.fc(features) @ weight.flatten(1)  # (N, k * k * C)
+        x = x.unflatten(1, weight.shape[1:]) + first.bias
+        return self.net[1:](x.permute(0, 3, 1, 2))
 
 
 class RSSM(nn.Module):
@@ -1415,7 +1416,8 @@ SUMMARY = ["frames", "updates", "wall_s", "random_return", "eval_return"]
 
 
 def check_args(args):
-    """Refuses what cannot work, before anything is written, and settles the device."""
+    """Refuses what cannot work, before anything is written, and settles device and threads."""
+    args.threads = args.threads or torch.get_num_threads()
     for name, value in vars(args).items():
         for number in value if isinstance(value, tuple) else [value]:
             if type(number) in (int, float):
@@ -1451,7 +1453,6 @@ def check_args(args):
     cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else "bf16"
     if args.device == "cpu" and args.precision == "bf16" and "bf16" not in cpu:
         print("warning: this CPU is slow in bfloat16; leave out --precision bf16")
-    args.threads = args.threads or torch.get_num_threads()
     busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.7 * os.cpu_count()
     if busy and args.threads > 1:
         print("note: other programs are at work; beside them --threads 1 may be much faster")

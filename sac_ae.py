@@ -1131,7 +1131,8 @@ SUMMARY = ["frames", "updates", "wall_s", "random_return", "eval_return"]
 
 
 def check_args(args):
-    """Refuses what cannot work, before anything is written, and settles the device."""
+    """Refuses what cannot work, before anything is written, and settles device and threads."""
+    args.threads = args.threads or torch.get_num_threads()
     for name, value in vars(args).items():
         for number in value if isinstance(value, tuple) else [value]:
             if type(number) in (int, float):
@@ -1167,7 +1168,6 @@ def check_args(args):
     cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else "bf16"
     if args.device == "cpu" and args.precision == "bf16" and "bf16" not in cpu:
         print("warning: this CPU is slow in bfloat16; leave out --precision bf16")
-    args.threads = args.threads or torch.get_num_threads()
     busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.7 * os.cpu_count()
     if busy and args.threads > 1:
         print("note: other programs are at work; beside them --threads 1 may be much faster")
