@@ -993,7 +993,8 @@ def compile_parts(agent):
     """Compiles what Agent.compiled names, so that one kernel takes the place of many small ones."""
     compilers = [shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")]
     if not (importlib.util.find_spec("triton") and any(compilers)):
-        print("warning: --compile has no effect, it needs Triton and a C compiler (gcc or clang)")
+        text = "warning: --compile has no effect, it needs Triton and a C compiler (gcc or clang)"
+        print(text, file=sys.stderr)
         return
     for name in agent.compiled:
         owner, _, method = name.rpartition(".")
@@ -1271,10 +1272,10 @@ def check_args(args):
         torch.cuda.set_device(args.device)
     cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else "bf16"
     if args.device == "cpu" and args.precision == "bf16" and "bf16" not in cpu:
-        print("warning: this CPU is slow in bfloat16; leave out --precision bf16")
+        print("warning: this CPU is slow at --precision bf16; leave it out", file=sys.stderr)
     busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.7 * os.cpu_count()
     if busy and args.threads > 1:
-        print("note: other programs are at work; beside them --threads 1 may be much faster")
+        print("note: the machine is busy; --threads 1 may be much faster", file=sys.stderr)
     torch.set_num_threads(args.threads)
     tf32 = args.precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32

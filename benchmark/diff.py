@@ -74,6 +74,7 @@ def main():
     parser.add_argument("pair", nargs="*", metavar="SCRIPT", help=", ".join(names))
     parser.add_argument("--out", type=Path, default=DIFFS)
     args = parser.parse_args()
+    args.pair = [Path(name).stem for name in args.pair]  # slac, slac.py or a path
     if len(args.pair) not in (0, 2) or not set(args.pair) <= set(names):
         parser.error(f"two of {', '.join(names)}, or none for all pairs")
     write([args.pair] if args.pair else PAIRS, args.out)

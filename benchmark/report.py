@@ -12,6 +12,7 @@ Dashed: published, from benchmark/published. Dotted: the random policy (PEARL: w
 
 import argparse
 import csv
+import importlib
 import itertools
 import json
 import sys
@@ -20,13 +21,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import run
 import scipy.stats
+import studies
 
+sys.path.append(str(run.ROOT))  # for the scripts
 PUBLISHED = Path(__file__).resolve().parent / "published"
 ENOUGH = 5  # seeds; with fewer a difference between two curves is no finding
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
-NOT_THE_METHOD = {"seed", "runs_dir", "resume", "evaluate", "device", "track", "video", "smoke",
-                  "delete_replay", "checkpoint_every_minutes"}  # fmt: skip
+LENGTH = {"total_frames", "eval_every_frames"}
+NOT_THE_METHOD = run.NOT_THE_METHOD - LENGTH | {"resume", "evaluate", "smoke"}
 
 
 class Curve(NamedTuple):
@@ -93,6 +97,11 @@ def read_rows(path):
         ]
 
 
+def random_return(summary):
+    """The random policy's; or PEARL's without any context."""
+    return summary.get("return_by_context", [[summary["random_return"]]])[0][0]
+
+
 def collected(folder):
     """The Curve of a folder with meta.json and seedN.csv."""
     meta = json.loads((folder / "meta.json").read_text())
@@ -105,16 +114,22 @@ def collected(folder):
         for seed, run in runs.items()
         if seed not in failed and "frames" not in run
     }
-    random = {
-        seed: run.get("return_by_context", [[run["random_return"]]])[0][0]
-        for seed, run in runs.items()
-        if "random_return" in run
-    }
+    random = {seed: random_return(run) for seed, run in runs.items() if "random_return" in run}
     task = meta["command"].partition("--env-id ")[2].partition(" ")[0]
     task = next((run["env_id"] for run in runs.values() if "env_id" in run), task)
     minutes = {seed: run["wall_s"] / 60 for seed, run in runs.items() if "wall_s" in run}
     label, curve = meta.get("label", folder.name), meta.get("published", "")
     return Curve(label, task, curve, rows, failed, random, minutes, meta["hardware"])
+
+
+def as_published(script, args):
+    """Whether arguments, without those that do not change the method, are the script's own."""
+    try:
+        defaults = vars(importlib.import_module(script).Args(env_id=args["env_id"]))
+    except ImportError:  # a renamed copy that is gone
+        return False
+    defaults = json.loads(json.dumps(defaults))  # as in the file
+    return all(defaults.get(k) == v for k, v in args.items() if k not in LENGTH)
 
 
 def loose(folders):
@@ -138,15 +153,17 @@ def loose(folders):
         differs = [k for k in args if any(other.get(k) != args[k] for other in others)]
         label = " ".join([script, *(f"{k}={args[k]}" for k in differs)])
         rows = {
-            s: read_rows(run / "metrics.csv")
-            for s, run in runs.items()
-            if (run / "metrics.csv").exists()
+            s: read_rows(folder / "metrics.csv")
+            for s, folder in runs.items()
+            if (folder / "metrics.csv").exists()
         }
-        failed = {
-            s: "not finished" for s, run in runs.items() if not (run / "summary.json").exists()
-        }
+        ended = {s: json.loads((folder / "summary.json").read_text()) for s, folder in runs.items()
+                 if (folder / "summary.json").exists()}  # fmt: skip
+        failed = dict.fromkeys(runs.keys() - ended.keys(), "not finished")
+        random = {s: random_return(summary) for s, summary in ended.items()}
         minutes = {s: r[-1]["time/wall_s"] / 60 for s, r in rows.items() if r}
-        curves.append(Curve(label, task, "", rows, failed, {}, minutes, ""))
+        curve = studies.CURVES.get(script, "") if as_published(script, args) else ""
+        curves.append(Curve(label, task, curve, rows, failed, random, minutes, ""))
     return curves
 
 
@@ -170,24 +187,40 @@ def load(folders):
     return curves + loose(runs)
 
 
+def published_rows():
+    """All rows of published/*.csv."""
+    paths = sorted(PUBLISHED.glob("*.csv"))
+    return [row for path in paths for row in csv.DictReader(path.read_text().splitlines())]
+
+
+def kind(source):
+    """What a published curve consists of, if that is not the mean policy's evaluations."""
+    kinds = {"training returns": "training returns", "stochastic evaluation": "sampled policy",
+             "read off the plot": "read off a plot"}  # fmt: skip
+    return "".join(f", {text}" for words, text in kinds.items() if words in source)
+
+
 def published(name, env_id):
-    """Frames, means and number of seeds of a published curve, or None."""
-    lines = [
-        line
-        for path in sorted(PUBLISHED.glob("*.csv"))
-        for line in csv.DictReader(path.read_text().splitlines())
-    ]
-    rows = [row for row in lines if (row["algorithm"], row["env_id"]) == (name, env_id)]
+    """Frames, means, standard deviations (NaN if unknown) and a description of a published curve,
+    or None."""
+    rows = [row for row in published_rows() if (row["algorithm"], row["env_id"]) == (name, env_id)]
     if not rows:
         return None
-    x, y = (np.array([float(row[key]) for row in rows]) for key in ("frames", "mean"))
-    return x, y, rows[0]["n_seeds"]
+    x, y, std = (
+        np.array([float(row[key] or "nan") for row in rows]) for key in ("frames", "mean", "std")
+    )
+    return x, y, std, f"{name}, n = {rows[0]['n_seeds']}{kind(rows[0]['source'])}"
+
+
+def whole(value):
+    """Rounded, and never "-0"."""
+    return str(round(value))
 
 
 def number(low_high, value):
     """A value with its interval, if there is one."""
     low, high = low_high
-    return f"{value:.0f} ({low:.0f} to {high:.0f})"
+    return f"{whole(value)} ({whole(low)} to {whole(high)})"
 
 
 def summary_table(curves):
@@ -202,7 +235,7 @@ def summary_table(curves):
         seeds, ends = sorted(c.rows.keys() | c.failed.keys(), key=str), []
         for seed in seeds:
             y = c.points(seed)[1] if seed in c.rows else []
-            ends.append((f"{y[-1]:.0f}" if len(y) else "-") + " (failed)" * (seed in c.failed))
+            ends.append((whole(y[-1]) if len(y) else "-") + " (failed)" * (seed in c.failed))
         cells = [c.env_id, c.label, str(len(seeds)), "-", "-", ", ".join(ends), "-", "-", "-", "-"]
         if c.table():
             x, y = c.table()
@@ -211,9 +244,9 @@ def summary_table(curves):
             cells[4], cells[6] = (number(interval(v), iqm(v)) for v in (y[:, -1], area))
             reference = published(c.published, c.env_id)
             if reference and reference[0][0] <= x[-1] <= reference[0][-1]:
-                cells[8] = f"{np.interp(x[-1], *reference[:2]):.0f}"
+                cells[8] = whole(np.interp(x[-1], *reference[:2]))
         if c.random:
-            cells[7] = f"{np.mean(list(c.random.values())):.0f}"
+            cells[7] = whole(np.mean(list(c.random.values())))
         if c.minutes:
             cells[9] = f"{np.median(list(c.minutes.values())):.1f}"
         lines.append("| " + " | ".join(cells) + " |")
@@ -254,7 +287,7 @@ def comparisons(curves):
             shows = "no difference is shown"
             if low > 0 or high < 0:
                 shows = f"the {'first' if low > 0 else 'second'} is better"
-            lines.append(f"- {name}: difference {low:.0f} to {high:.0f}, {shows}.")
+            lines.append(f"- {name}: difference {whole(low)} to {whole(high)}, {shows}.")
     return "\n".join(lines)
 
 
@@ -299,9 +332,10 @@ def draw(curves, path):
                 axis.plot(x, y, color=colour, lw=0.7, alpha=0.5)
                 if seed in c.failed and len(x):
                     axis.plot(x[-1], y[-1], "x", color=colour, ms=9, mew=2)
-            label = f"{c.label} ({len(c.rows.keys() | c.failed.keys())} seeds" + (
-                f", {len(c.failed)} failed)" if c.failed else ")"
-            )
+            label = f"{c.label} ({len(c.rows.keys() | c.failed.keys())} seeds"
+            label += f", {len(c.failed)} failed" * bool(c.failed)
+            band = "least to largest" if len(c.rows) < ENOUGH else "95 % interval"
+            label += f", band: {band})" if len(c.rows) > 1 else ")"
             if drawn:
                 x, y = drawn
                 axis.plot(x, iqm(y.T), color=colour, lw=2.5, label=textwrap.fill(label, 38))
@@ -312,13 +346,12 @@ def draw(curves, path):
             if reference:
                 end = max([c.points(s)[0][-1] for s in c.rows if c.points(s).size], default=np.inf)
                 keep = reference[0] <= 1.05 * end
-                axis.plot(
-                    *(v[keep] for v in reference[:2]),
-                    color=colour,
-                    lw=1.5,
-                    ls="--",
-                    label=textwrap.fill(f"published: {c.published}, n = {reference[2]}", 38),
-                )
+                x, y, std = (values[keep] for values in reference[:3])
+                label = f"published: {reference[3]}"
+                if not np.isnan(std).all():
+                    label += ", band: standard deviation"
+                    axis.fill_between(x, y - std, y + std, color=colour, alpha=0.07, lw=0)
+                axis.plot(x, y, color=colour, lw=1.5, ls="--", label=textwrap.fill(label, 38))
         rows = [row for c in here for run in c.rows.values() for row in run]
         if any("eval/return_0" in row for row in rows):  # a PEARL without context is its own
             for c, colour in zip(here, itertools.cycle(COLOURS)):
@@ -395,8 +428,14 @@ def main():
     )
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, help="where the report goes (the first folder)")
+    parser.add_argument("--published", metavar="NAME", help="a curve of published/, beside all")
     args = parser.parse_args()
     curves, out = load(args.folders), args.out or args.folders[0]
+    if args.published:
+        known = sorted({row["algorithm"] for row in published_rows()})
+        if args.published not in known:
+            parser.error(f"published/ has {', '.join(known)} and not {args.published}")
+        curves = [c._replace(published=args.published) for c in curves]
     if not curves:
         sys.exit(f"error: no meta.json and no run folders in {', '.join(map(str, args.folders))}")
     out.mkdir(parents=True, exist_ok=True)

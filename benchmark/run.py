@@ -3,6 +3,7 @@
     python benchmark/run.py --scripts sac_ae slac --env-ids cheetah-run walker-walk --seeds 1 2 3
     python benchmark/run.py --study gaara-figure-3 --seeds 1 2 --workers 4 --gpus-per-run 0.5
     python benchmark/run.py --scripts slac --seeds 1 2 3 -- --smoke        flags for the scripts
+    python benchmark/run.py --scripts slac --sweep gamma=0.9,0.99 -- --smoke      a grid of them
     python benchmark/run.py ... --dry-run                                  only prints the commands
     python benchmark/run.py ... --engine ray                               the same as Ray tasks
 
@@ -47,6 +48,10 @@ ALL_SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))  # your own, too
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1  # stop a run
 STOPPED = [status for number in SIGNALS for status in (128 + number, -number)]
 EVERY_S = 30.0  # how often the table is made anew [s]
+# Flags that do not change the method, so that the published curve stays beside a run with them.
+NOT_THE_METHOD = {"seed", "runs_dir", "device", "track", "video", "delete_replay", "cuda_graph",
+                  "compile", "threads", "replay_device", "total_frames", "eval_every_frames",
+                  "checkpoint_every_minutes"}  # fmt: skip
 
 
 class Job(NamedTuple):
@@ -104,13 +109,21 @@ def jobs_of(args):
     if args.study:
         variants = studies.STUDIES[args.study]
     else:
-        tasks = args.env_ids or [""]
+        names = {word[2:].removeprefix("no-").replace("-", "_") for word in args.flags
+                 if word.startswith("--")}  # fmt: skip
+        as_published = not args.sweep and names <= NOT_THE_METHOD
         variants = {
             f"{script} {task}".strip(): studies.Variant(
-                script, task, "", "" if args.flags else studies.CURVES.get(script, "")
+                script, task, "", studies.CURVES.get(script, "") if as_published else ""
             )
             for script in args.scripts
-            for task in tasks
+            for task in args.env_ids or [""]
+        }
+    for name, values in (sweep.split("=") for sweep in args.sweep):
+        variants = {
+            f"{label} {name} {value}": v._replace(flags=f"{v.flags} --{name} {value}".strip())
+            for label, v in variants.items()
+            for value in values.split(",")
         }
     jobs = []
     for label, variant in variants.items():
@@ -128,12 +141,11 @@ def jobs_of(args):
 
 def gpus():
     """Names of the GPUs for CUDA_VISIBLE_DEVICES: those that it has now, or all."""
-    if "CUDA_VISIBLE_DEVICES" in os.environ:
-        return os.environ["CUDA_VISIBLE_DEVICES"].split(",")
-    if not shutil.which("nvidia-smi"):
-        return []
-    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-    return [str(i) for i in range(listed.count("GPU "))]
+    import torch
+
+    count = torch.cuda.device_count()
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return listed.split(",")[:count]
 
 
 def environment(slot, workers, gpus_per_run, names):
@@ -143,7 +155,9 @@ def environment(slot, workers, gpus_per_run, names):
     if "OMP_NUM_THREADS" in os.environ:
         env = {"OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"]}
     if gpus_per_run:
-        env["CUDA_VISIBLE_DEVICES"] = names[slot // int(1 / gpus_per_run)]
+        name = env["CUDA_VISIBLE_DEVICES"] = names[slot // int(1 / gpus_per_run)]
+        if name.isdigit():
+            env["MUJOCO_EGL_DEVICE_ID"] = name  # it renders there, too
     return env
 
 
@@ -189,7 +203,12 @@ def execute(job, env, started=None):
     lines = [line.strip("│╭╰─╯ ") for line in log.splitlines()[1:] if re.search("[a-z]{3}", line)]
     errors = [line for line in lines if re.search("rror:|nrecognized", line)]
     why = (errors or lines or [""])[-1]
-    job.note(failed=f"exit status {process.returncode}: {why[:200]}")
+    status = process.returncode
+    text = f"exit status {status}: {why[:200]}"
+    if status < 0:
+        text = f"killed by {signal.Signals(-status).name}"
+        text += ", probably as memory ran out" * (-status == signal.SIGKILL)
+    job.note(failed=text)
 
 
 def collect(jobs):
@@ -363,6 +382,7 @@ def main():
     parser.add_argument("--env-ids", nargs="+", help="tasks (each script's default)")
     parser.add_argument("--study", choices=studies.STUDIES, help="of studies.py, instead of both")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1])
+    parser.add_argument("--sweep", nargs="+", default=[], metavar="FLAG=A,B", help="all of a grid")
     parser.add_argument("--out", default="runs/benchmark")
     parser.add_argument("--workers", type=int, default=1, help="runs at a time (1)")
     parser.add_argument("--gpus-per-run", type=float, default=0.0, help="0.5: two share one (0)")
@@ -374,6 +394,8 @@ def main():
         parser.error("give --scripts (and --env-ids), or a --study, which has its own")
     if args.flags and not args.flags[0].startswith("-"):
         parser.error(f"{args.flags[0]} is not a flag of the scripts; those come after --")
+    if not all(re.fullmatch(r"[\w-]+=[^=]+", sweep) for sweep in args.sweep):
+        parser.error(f"--sweep takes FLAG=A,B,C and not {' '.join(args.sweep)}")
     if args.workers < 1 or not 0 <= args.gpus_per_run <= 1:
         parser.error("--workers must be at least 1, --gpus-per-run from 0 to 1")
     jobs = jobs_of(args)
@@ -385,7 +407,11 @@ def main():
     share = int(1 / args.gpus_per_run) if args.gpus_per_run else 0
     if share and args.engine == "local" and args.workers > share * len(gpus()):
         parser.error(f"{len(gpus())} GPUs here have room for {share * len(gpus())} --workers")
-    Path(args.out).mkdir(parents=True, exist_ok=True)
+    try:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        (Path(args.out) / "lock").touch()
+    except OSError as e:
+        parser.error(f"--out cannot be written: {e}")
     lock = filelock.FileLock(Path(args.out) / "lock")  # two would write to the same runs
     try:
         lock.acquire(timeout=0)

@@ -19,9 +19,9 @@ import argparse
 import csv
 import dataclasses
 import fractions
+import functools
 import importlib
 import json
-import math
 import platform
 import resource
 import statistics
@@ -99,19 +99,21 @@ def own(name, env_id, flags, folder):
     env, calls = environment(module, args)
     agent, buffer, rng = filled(module, args, env.spec, folder)
 
-    def updates(method, n):
+    def updates(agent, n):
         for _ in range(n):
             with module.autocast(args):
-                method(agent.sample(buffer, rng))
+                agent.update(agent.sample(buffer, rng))
             agent.updates += 1
 
     calls["sample"] = lambda: agent.sample(buffer, rng)
-    eager = agent.update
-    calls["two updates"] = lambda: updates(eager, 2)
-    if args.device.startswith("cuda"):
+    calls["two updates"] = functools.partial(updates, agent, 2)
+    for form in ("captured", "compiled") if args.device.startswith("cuda") else ():
+        agent = module.Agent(args, env.spec)
+        if form == "compiled":
+            module.compile_parts(agent)
         module.record(agent, "update", getattr(agent, "cadence", tuple))
         module.record(agent, "act")
-        calls["two updates, captured"] = lambda: updates(agent.update, 2)
+        calls[f"two updates, {form}"] = functools.partial(updates, agent, 2)
     if pearl:
         steps = len(module.plan(args, 1)) * args.trajectory_steps
         ratio = fractions.Fraction(args.updates_per_iteration, steps)
@@ -123,9 +125,10 @@ def own(name, env_id, flags, folder):
     def end_to_end():
         for i in range(ratio.denominator):
             action, now["carry"] = agent.act(now["step"], now["carry"], explore=True)
+            wait_for_action = action.cpu().numpy if pearl else module.to_host(action)
             due = ratio.numerator * (i + 1) // ratio.denominator
-            updates(agent.update, due - ratio.numerator * i // ratio.denominator)
-            now["step"] = env.step(action.cpu().numpy())
+            updates(agent, due - ratio.numerator * i // ratio.denominator)
+            now["step"] = env.step(wait_for_action())
             if not pearl:
                 buffer.add(now["step"])
             if now["step"].last:
@@ -203,7 +206,7 @@ def work(calls, facts, device):
 
     cuda = device.startswith("cuda")
     for name in calls:
-        for _ in range(12 if "captured" in name else 1):  # until all forms are recorded
+        for _ in range(12 if "captured" in name or "compiled" in name else 1):  # all are recorded
             calls[name]()
     print(json.dumps({"calls": list(calls), "facts": facts}), flush=True)
     for line in sys.stdin:
@@ -242,10 +245,11 @@ def in_turns(subjects, rounds, flags, script_flags):
 
 def rates(ms, facts, peak):
     """{quantity: number} of one of our scripts, from its milliseconds; see the table's heads."""
-    update = min(ms["two updates"], ms.get("two updates, captured", math.inf)) / 2
+    update = min(time for name, time in ms.items() if name.startswith("two updates")) / 2
     out = {"updates/s": 2000 / ms["two updates"]}
-    if "two updates, captured" in ms:
-        out["updates/s, captured"] = 2000 / ms["two updates, captured"]
+    for form in ("captured", "compiled"):
+        if f"two updates, {form}" in ms:
+            out[f"updates/s, {form}"] = 2000 / ms[f"two updates, {form}"]
     out["frames/s, physics"] = 1000 / ms["physics"]
     out["frames/s, images too"] = 1000 * facts["action repeat"] / ms["env step"]
     out["steps/s, end to end"] = 1000 * facts["steps"] / ms["end to end"]

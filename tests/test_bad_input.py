@@ -196,6 +196,28 @@ def test_a_file_system_without_locks_is_a_warning(finished, tmp_path, capsys, mo
     assert "cannot be locked" in capsys.readouterr().out
 
 
+def test_a_busy_machine_and_slow_bfloat16_are_told(capsys, monkeypatch):
+    """Runs side by side wait for each other's threads; and the number of threads, which changes the
+    numbers in their last digits, is recorded."""
+    import sac_ae
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(os, "getloadavg", lambda: (99.0, 99.0, 99.0))
+    monkeypatch.setattr(Path, "read_text", lambda path: "flags: avx avx2")
+    words = f"{TINY['sac_ae']} --precision bf16".split()
+    try:
+        assert sac_ae.parse_args([*words, "--threads", "2"])[0].threads == 2
+        assert torch.get_num_threads() == 2
+        assert sac_ae.parse_args(words)[0].threads == 2  # PyTorch's present number
+        lines = capsys.readouterr().err.splitlines()[:2]
+    finally:
+        torch.set_num_threads(before)
+    assert "bf16" in lines[0] and "--threads 1" in lines[1]
+    monkeypatch.setattr(Path, "read_text", lambda path: "flags: avx512_bf16")
+    sac_ae.parse_args([*words, "--threads", "1"])
+    assert capsys.readouterr().err == ""
+
+
 def test_a_disk_that_is_too_small_is_refused_at_the_start(tmp_path, capsys, monkeypatch):
     """posix_fallocate takes the room of the whole replay buffer at once."""
     import sac_ae

@@ -1,5 +1,6 @@
 """The benchmark's tools: commands, resuming, failures, statistics, plots, pages."""
 
+import argparse
 import contextlib
 import csv
 import hashlib
@@ -22,6 +23,7 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 import tyro
 from conftest import ROOT, SCRIPTS, TINY, metrics
 
@@ -125,8 +127,34 @@ def test_dry_run_prints_the_product(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_sweep_is_a_grid_and_only_the_method_drops_the_published_curve(tmp_path):
+    import run
+
+    def jobs(sweep, *flags):
+        args = argparse.Namespace(study="", scripts=["slac"], env_ids=[], seeds=[1], sweep=sweep,
+                                  flags=list(flags), out=str(tmp_path))  # fmt: skip
+        return run.jobs_of(args)
+
+    grid = jobs(["gamma=0.9,0.99", "hidden-dim=64,128"])
+    ends = [f"--gamma {g} --hidden-dim {h}" for g in (0.9, 0.99) for h in (64, 128)]
+    assert [job.flags for job in grid] == ends and len({job.folder for job in grid}) == 4
+    assert jobs([], "--device", "cuda", "--no-video")[0].published == studies.CURVES["slac"]
+    assert {job.published for job in [*grid, *jobs([], "--gamma", "0.9")]} == {""}
+
+
+def test_a_killed_run_is_said_to_be_killed(tmp_path, monkeypatch):
+    import run
+
+    job = run.Job("slac", "", 1, "slac", "", tmp_path / "seed1")
+    text = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    monkeypatch.setattr(run.Job, "command", lambda job: ["-c", text])
+    run.execute(job, {"OMP_NUM_THREADS": "1"})
+    assert job.result()["failed"] == "killed by SIGKILL, probably as memory ran out"
+
+
 BAD = ["", "--study curves --scripts slac", "--scripts slac cheetah", "--scripts slac -- word",
-       "--study curves --env-ids cheetah-run"]  # fmt: skip
+       "--study curves --env-ids cheetah-run", "--scripts slac --sweep gamma",
+       "--scripts slac --out /proc/nowhere"]  # fmt: skip
 
 
 @pytest.mark.parametrize("line", BAD)
@@ -142,10 +170,12 @@ def test_slots_share_cores_and_gpus(monkeypatch):
     import run
 
     cores = os.cpu_count()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for share, wanted in ((0.5, "3355"), (0.34, "3355"), (0.33, "3335"), (1.0, "3579")):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,7,9")  # as a scheduler gave them
         envs = [run.environment(slot, 4, share, run.gpus()) for slot in range(4)]
-        assert "".join(env["CUDA_VISIBLE_DEVICES"] for env in envs) == wanted
+        for name in ("CUDA_VISIBLE_DEVICES", "MUJOCO_EGL_DEVICE_ID"):
+            assert "".join(env[name] for env in envs) == wanted
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert run.environment(0, 4, 0, []) == {"OMP_NUM_THREADS": str(max(1, cores // 4))}
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
@@ -466,11 +496,12 @@ def test_area_tasks_and_the_published_value(tmp_path):
             published="SAC+AE",
         )
     curves = report.load([tmp_path])
-    assert curves[0].published == "SAC+AE" and report.published("SAC+AE", "cheetah-run")[2] == "10"
+    assert curves[0].published == "SAC+AE"
     text = report.report(curves)
     assert "20 (20 to 20) | 20, 20 | 10 (10 to 10)" in text
     assert "- sac_ae, cheetah-run, walker-walk, 4 runs: 20 (20 to 20)" in text
-    x, y, _ = report.published("SAC+AE", "cheetah-run")
+    x, y, std, text = report.published("SAC+AE", "cheetah-run")
+    assert text == "SAC+AE, n = 10, read off a plot" and np.isnan(std).all()
     long = {1: np.linspace(0, 400, 500), 2: np.linspace(0, 400, 500)}
     write_group(tmp_path / "long", "long", "cheetah-run", long, published="SAC+AE")
     text = report.report(report.load([tmp_path / "long"]))
@@ -503,6 +534,8 @@ def test_run_folders_are_read_as_the_scripts_leave_them(finished, tmp_path):
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "args.json").write_text('{"seed": 3}')
     one, two = sorted(report.load([tmp_path]), key=lambda c: c.label)
+    assert one.random[1] == json.loads((run_dir / "summary.json").read_text())["random_return"]
+    assert one.published == ""  # other arguments than the script's own
     assert (one.label, two.label) == ("sac_ae critic_tau=0.01", "sac_ae critic_tau=0.02")
     assert sorted(one.rows) == [1, 2] and not one.failed and sorted(two.failed) == [1, 2]
 
@@ -595,3 +628,17 @@ def test_the_ratios_that_the_readme_names_are_what_was_recorded():
             f"[{min(numbers):.1f} to {max(numbers):.1f} times](benchmark/notes/speed.md{heading})"
         )
         assert text in readme
+
+
+def test_plain_runs_of_published_settings_get_the_published_curve(tmp_path):
+    """So do longer ones; rounding gives no -0."""
+    from dataclasses import asdict
+
+    import sac_ae
+
+    args = json.loads(json.dumps(asdict(sac_ae.Args(seed=3, total_frames=7000, device="cuda"))))
+    for folder, more in (("a__sac_ae__3__1", {}), ("b__sac_ae__3__2", {"gamma": 0.5})):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "args.json").write_text(json.dumps(args | more))
+    assert sorted(c.published for c in report.load([tmp_path])) == ["", "SAC+AE"]
+    assert report.whole(-0.3) == "0"

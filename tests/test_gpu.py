@@ -209,8 +209,8 @@ def test_without_a_compiler_a_run_goes_on(monkeypatch, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", with_triton)
     monkeypatch.setattr(shutil, "which", lambda name: None)
     sac_ae.compile_parts(MagicMock(compiled=("critic_loss",)))
-    out = capsys.readouterr().out
-    assert out.startswith("warning: --compile has no effect") and out.count("\n") == 1
+    text = capsys.readouterr().err
+    assert text.startswith("warning: --compile has no effect") and text.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", SCRIPTS[:4])
