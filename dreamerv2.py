@@ -472,7 +472,8 @@ class Agent(nn.Module):
     """DreamerV2. Read update() first: it is the algorithm; each loss is a method."""
 
     updates = 0  # number of updates so far; the training loop sets it
-    compiled = ("rssm.observe_step", "imagine_step", "model_loss")  # see --compile
+    # what --compile makes faster kernels of
+    compiled = ["rssm.observe_step", "imagine_step", "model_loss"]
 
     def __init__(self, args, spec):
         super().__init__()

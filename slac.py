@@ -447,7 +447,8 @@ class Agent(nn.Module):
     """SLAC. Read update() first: it is the algorithm; each loss is a method."""
 
     updates = 0  # number of updates so far; the training loop sets it
-    compiled = ("model_losses", "features_for", "critic_loss", "actor_loss")  # see --compile
+    # what --compile makes faster kernels of
+    compiled = ["model_losses", "features_for", "critic_loss", "actor_loss"]
 
     def __init__(self, args, spec):
         super().__init__()
