@@ -30,17 +30,17 @@ state h, F = Z + D features, A action.
 Units: a frame is one control step of the simulator; a step is one decision of the agent, held for
 action_repeat frames; an update is one gradient update on one batch. Row t of a sequence holds the
 action that led to its image and the reward that came with it.
-A tag such as [DreamerV2 KL] names the formula of a line, and D1 the first difference listed here.
+A tag such as [DreamerV2 KL] names the formula behind a line; D1 is the first difference below.
 
 Differences from the paper and the authors' code
-D1  The paper has Atari and a humanoid. This script follows the authors' public configuration for
+D1  The paper covers Atari and a humanoid. This script follows the authors' public configuration for
     the suite: smaller networks, gradients through the dynamics alone, 16 sequences of 50 steps.
-    Their repository does not say whether it made their published curves of the suite.
+    Their repository does not say whether it gave the curves that they published for the suite.
 D2  Sequences also come from the running episode, and all possible starts are equally likely.
     Theirs draws a finished episode first.
-D3  Actions come from the inverse CDF of the truncated normal, at numbers within [1e-6, 1 - 1e-6],
-    since float32 would reach infinity. Theirs come from TensorFlow's sampler. The gradient is the
-    one that TensorFlow registers for it, and ignores that the bounds shift: d action / d loc = 1,
+D3  Actions come from the inverse CDF of the truncated normal, whose argument stays within 1e-6 and
+    1 - 1e-6, where float32 is finite. Theirs come from TensorFlow's sampler. The gradient is what
+    TensorFlow registers for that, and ignores that the bounds shift: d action / d loc = 1,
     d action / d std = (action - loc) / std. The inverse CDF's exact d action / d loc is 0.25 on
     average at the initial deviation of 1.1: the actor's gradient would be four times smaller at
     the start, and nearly the same later.
@@ -50,7 +50,7 @@ D5  Everything is float32. Theirs is float16 in parts. Adam's epsilon is PyTorch
 D6  The target critic starts as a copy of the critic. Theirs starts with weights of its own.
 D7  The switches for data efficiency follow nobody's code exactly. InfoNCE and SPR compare 128
     numbers per image, with a target encoder like CURL's; InfoNCE's negatives are the batch without
-    the frames near by; the model's optimizer trains all auxiliary losses. A reset may come in
+    neighbouring frames; the model's optimizer minimizes all auxiliary losses. A reset may come in
     mid-episode; then the agent's state starts anew, whichever weights were reset.
 """
 
@@ -80,7 +80,7 @@ from typing import Literal, NamedTuple
 
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
-    with contextlib.suppress(AttributeError):  # glibc keeps freed memory: up to 1.6 times as fast
+    with contextlib.suppress(AttributeError):  # have glibc keep freed memory: up to 1.6x as fast
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
     with contextlib.suppress(ImportError):  # Triton crashes if it is imported after OpenGL
@@ -120,8 +120,8 @@ class Args:
     cuda_graph: bool = True  # on CUDA, launch an update or an action as one graph
     compile: bool = True  # with CUDA graphs, fuse small kernels; the run starts a minute later
     threads: int = 0  # CPU threads (0: PyTorch's choice); 1 is best for runs side by side
-    replay_capacity: int = 2_000_000  # sample from this many of the newest rows; one row per image
-    replay_device: Literal["auto", "cpu"] = "auto"  # cpu: the rows need no memory of the GPU
+    replay_capacity: int = 2_000_000  # number of newest rows to sample from; one row per image
+    replay_device: Literal["auto", "cpu"] = "auto"  # cpu: keep the rows out of GPU memory
     delete_replay: bool = False  # remove the replay buffer's files when the run has finished
     warmup_steps: int = 1000  # random steps before training, in whole episodes (code 1000)
     pretrain_updates: int = 100  # updates in one burst after the warm-up (code 100)
@@ -148,17 +148,17 @@ class Args:
     kl_balance: float = 0.8  # share of the KL that trains the prior (paper 0.8)
     free_nats: float = 1.0  # mean KL below which the KL has no gradient (code 1)
     entropy_weight: float = 1e-4  # weight of the actor's entropy in J(pi) (paper 1e-4)
-    discount_head: bool = False  # learn when an episode ends for good; few tasks here do (lqr)
+    discount_head: bool = False  # learn when an episode ends for good; in few tasks it does (lqr)
     model_lr: float = 3e-4  # Adam's learning rate for the model (code 3e-4)
     actor_lr: float = 8e-5  # Adam's learning rate for the actor (code 8e-5)
     critic_lr: float = 8e-5  # Adam's learning rate for the critic (code 8e-5)
-    weight_decay: float = 1e-6  # weight decay per update, for any learning rate (paper 1e-6)
+    weight_decay: float = 1e-6  # decay per update, not scaled by the learning rate (paper 1e-6)
     target_every_updates: int = 100  # update the target networks at every Nth update (code 100)
     # switches for data efficiency, all off
     model_every_updates: int = 1  # update the model at every Nth update
     behavior_every_updates: int = 1  # update actor and critic at every Nth update
     reset: Literal["none", "transition", "actor-critic", "all"] = "none"  # weights that are reset
-    reset_every_updates: int = 25_000  # interval between resets, without the catch-up updates
+    reset_every_updates: int = 25_000  # updates between resets, not counting catch-up updates
     reset_alpha: float = 0.8  # how far a reset goes: 0 keeps the weights, 1 makes them fresh
     catch_up_updates: int = 1000  # extra updates after each reset
     shift: int = 0  # largest random shift of the images that the model sees [pixels]
@@ -241,7 +241,7 @@ def mlp(in_dim, hidden_dim, layers, out_dim):
 
 
 def preprocess(obs):
-    """uint8 images (B, C, H, W) to float in [0, 1], channels last; states pass unchanged."""
+    """Scales uint8 images (B, C, H, W) to [0, 1], channels last; states pass unchanged."""
     if obs.dtype != torch.uint8:
         return obs
     return obs.to(torch.float32, memory_format=torch.channels_last) / 255
@@ -302,8 +302,8 @@ def lambda_returns(reward, value, discount, lambda_):
 
 
 class Permute(nn.Module):
-    """Another order of the dimensions. Between convs and linear layers channels come last, as they
-    do in memory, so that nothing is copied."""
+    """Reorders the dimensions. Between convs and linear layers the channels come last, as they do
+    in memory, so that nothing is copied."""
 
     def __init__(self, *order):
         super().__init__()
@@ -472,7 +472,7 @@ class Agent(nn.Module):
     """DreamerV2. Read update() first: it is the algorithm; each loss is a method."""
 
     updates = 0  # number of updates so far; the training loop sets it
-    # what --compile makes faster kernels of
+    # the methods that --compile turns into faster kernels
     compiled = ["rssm.observe_step", "imagine_step", "model_loss"]
 
     def __init__(self, args, spec):
@@ -823,8 +823,8 @@ def refuse_on(errors, name, remedy):
 
 
 def stream(seed, purpose, counter):
-    """Random numbers by key: a fresh NumPy generator, from which PyTorch is seeded, too. No random
-    state is ever saved: a resumed run draws the same numbers at the same counters."""
+    """Gives a NumPy generator that the arguments seed, and seeds PyTorch from it. No random state
+    is ever saved: a resumed run draws the same numbers at the same counters."""
     rng = np.random.default_rng([seed, *purpose.encode(), counter])
     torch.manual_seed(int(rng.integers(2**63)))
     return rng
@@ -848,8 +848,8 @@ class Step(NamedTuple):
 
 
 def load_task(env_id, random):
-    """The dm_control environment of a task, which draws from a np.random.RandomState; or the one of
-    your own that module:function, or file.py:function, makes when it is called with `random`."""
+    """Gives the dm_control environment of a task, or your own if env_id is module:function or
+    file.py:function. The function is called with `random`, a np.random.RandomState to draw from."""
     if ":" in env_id:
         name, _, function = env_id.rpartition(":")
         is_file = name.endswith(".py")
@@ -859,7 +859,7 @@ def load_task(env_id, random):
             raise UsageError("env_id", f"{name} has no function {function}")
         env = names[function](random)
         if not hasattr(env, "physics"):
-            raise UsageError("env_id", "the environment has no physics, which images come from")
+            raise UsageError("env_id", "the environment has no physics to render images from")
         bounds = [getattr(env.action_spec(), end, np.inf) for end in ("minimum", "maximum")]
         if not all(np.isfinite(bound).all() for bound in bounds):
             raise UsageError("env_id", "the environment's actions have no bounds")
@@ -869,7 +869,7 @@ def load_task(env_id, random):
     tasks = ["-".join(task) for task in suite.ALL_TASKS]
     if env_id not in tasks:
         near = difflib.get_close_matches(env_id, tasks, 3, 0.4) or tasks
-        raise UsageError("env_id", f"the suite has no {env_id!r}, but {', '.join(near)}")
+        raise UsageError("env_id", f"the suite has no {env_id!r}; try {', '.join(near)}")
     limit = {"time_limit": 30.0} if env_id.startswith("lqr") else {}  # it has no time limit
     return suite.load(*env_id.split("-", 1), {"random": random, **limit})
 
@@ -930,8 +930,8 @@ class PixelEnv:
         """Image (size, size, 3) uint8."""
         from dm_control.mujoco.engine import Camera
 
-        if size not in self.cameras:  # making one takes longer than an image
-            camera_id = min(0, self.env.physics.model.ncam - 1)  # -1 is free, if there is none
+        if size not in self.cameras:  # making a camera takes longer than an image
+            camera_id = min(0, self.env.physics.model.ncam - 1)  # without one: -1, the free camera
             if self.args.env_id.startswith("quadruped"):
                 camera_id = 2
             self.cameras[size] = Camera(self.env.physics, size, size, camera_id)
@@ -941,19 +941,19 @@ class PixelEnv:
 
 # ---- replay buffer -----------------------------------------------------------------------------
 def upload(values, device):
-    """Array, number or tensor as a tensor on `device`; to CUDA without waiting for the GPU."""
+    """Puts an array, number or tensor on `device`; on CUDA without waiting for the GPU."""
     tensor = torch.as_tensor(values)
     pinned = tensor.is_cpu and device.startswith("cuda")
     return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=pinned)
 
 
 class ReplayBuffer:
-    """Rows in memory-mapped files. What a checkpoint counts is never written again, so that a run
-    can go on after a process died. A GPU has a copy of the rows, or of each batch alone.
+    """Rows in memory-mapped files. Rows that a checkpoint counts are never overwritten, so that a
+    run can go on after its process died. A GPU holds a copy of all rows, or of each batch only.
 
-    Row t holds image t, the action that led to it (zeros at an episode's start), the reward and the
-    discount on arriving. A transition is rows t and t + 1 of one episode. Samples reach `capacity`
-    rows back. Agent.sample() makes stacks of images and sequences from rows."""
+    Row t holds image t, the action that led to it (zeros at an episode's start), and the reward and
+    the discount that came with it. A transition is rows t and t + 1 of one episode. Samples reach
+    `capacity` rows back. Agent.sample() makes stacks of images and sequences from rows."""
 
     def __init__(self, folder, rows, args, spec):
         self.folder = Path(folder)
@@ -969,7 +969,7 @@ class ReplayBuffer:
         self.grow(rows)
 
     def grow(self, rows):
-        """Reserves room for so many rows, so that a disk that is too small is noticed now."""
+        """Reserves room for `rows` rows, so that a disk that is too small is noticed at once."""
         self.rows = rows
         self.folder.mkdir(exist_ok=True)
         self.files = {}
@@ -1045,11 +1045,11 @@ def evaluate(act, env, episodes, stop, film=False):
 
 # ---- logs and checkpoints ----------------------------------------------------------------------
 def finite(metrics, updates):
-    """Metrics as floats. Ends a run that becomes NaN or infinite, before it is saved."""
+    """Converts metrics to floats. If one is NaN or infinite the run ends, before it is saved."""
     metrics = {name: float(value) for name, value in metrics.items()}
     for name, value in metrics.items():
         if not math.isfinite(value):
-            text = f"{name} is {value} after {updates} updates; what came after the last checkpoint"
+            text = f"{name} is {value} after {updates} updates; progress since the last checkpoint"
             raise FloatingPointError(f"{text} is lost. Smaller learning rates may help")
     return metrics
 
@@ -1069,7 +1069,7 @@ class Logger:
             importlib.import_module("wandb").init(**wandb, sync_tensorboard=True)
         self.writer = SummaryWriter(run_dir, purge_step=progress.frames + 1)
         self.writer.add_text("arguments", json.dumps(vars(args), indent=4))
-        # The bar counts updates, as they take the time. Without a terminal it is a line per minute.
+        # The bar counts updates, the slow part. Without a terminal it prints a line per minute.
         lines = {} if sys.stderr.isatty() else {"mininterval": 60}
         form = "{percentage:3.0f}%|{bar:20}| {desc} [{elapsed}<{remaining}]" + "\n" * len(lines)
         counts = {"initial": progress.updates, "total": total_updates, "miniters": 0}
@@ -1124,7 +1124,7 @@ def save_checkpoint(run_dir, args, agent, buffer, progress):
     payload = {"args": vars(args), "spec": tuple(agent.spec), "progress": vars(progress)}
     payload["agent"] = agent.state_dict()
     payload["optimizers"] = {name: o.state_dict() for name, o in agent.optimizers.items()}
-    torch.save(payload, data := io.BytesIO())  # first into memory: PyTorch hides a full disk
+    torch.save(payload, data := io.BytesIO())  # into memory first: PyTorch hides disk-full errors
     with open(run_dir / "checkpoint.part", "wb") as file:
         file.write(data.getbuffer())
         file.flush()
@@ -1136,7 +1136,7 @@ def read_checkpoint(path, flag):
     """Args and payload of a checkpoint or of a run's folder. Code in the file never runs."""
     path = Path(path).expanduser()
     path = path / "checkpoint.pt" if path.is_dir() else path
-    with refuse_on(Exception, flag, f"{path} is no checkpoint of this script"):
+    with refuse_on(Exception, flag, f"{path} is not a checkpoint of this script"):
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # checks every CRC
                 raise ValueError(f"{damaged} is damaged")
@@ -1166,7 +1166,7 @@ def compile_parts(agent):
     """Compiles what Agent.compiled names, so that one kernel takes the place of many small ones."""
     compilers = [shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")]
     if not (importlib.util.find_spec("triton") and any(compilers)):
-        text = "warning: --compile has no effect, it needs Triton and a C compiler (gcc or clang)"
+        text = "warning: --compile has no effect; it needs Triton and a C compiler (gcc or clang)"
         print(text, file=sys.stderr)
         return
     for name in agent.compiled:
@@ -1176,10 +1176,10 @@ def compile_parts(agent):
 
 
 def record(agent, name, cadence=tuple):
-    """Wraps a method of the agent in CUDA graphs. For each combination of the inputs' shapes, the
-    bools and None among them, the options and cadence(), the method runs three times as it is, is
-    then recorded, and from then on replayed, always on copies of the inputs that keep their place
-    in memory. Whatever else it reads or changes must lie on the GPU."""
+    """Wraps a method of the agent in CUDA graphs. Each combination of input shapes, bools, Nones,
+    options and cadence() has its own graph. The method runs normally in the first three calls, is
+    recorded in the fourth, and is only replayed from then on. The inputs are copied to places that
+    never move in memory. Whatever else the method reads or changes must lie on the GPU."""
     method = getattr(agent, name)
     device = agent.args.device
     side_stream = torch.cuda.Stream()
@@ -1200,7 +1200,7 @@ def record(agent, name, cadence=tuple):
         for place, new in zip(tree_leaves(places[key]), tree_leaves(inputs), strict=True):
             if isinstance(place, torch.Tensor):
                 place.copy_(new)
-        if calls[key] <= 3:  # in these, algorithms are chosen and Adam makes its moments
+        if calls[key] <= 3:  # these calls choose algorithms and create Adam's moments
             now = torch.cuda.current_stream()
             side_stream.wait_stream(now)
             with torch.cuda.stream(side_stream):
@@ -1218,9 +1218,9 @@ def record(agent, name, cadence=tuple):
         graph = torch.cuda.CUDAGraph()
         for group in groups:
             group["capturable"] = True
-        # to compile now would spoil the recording, so that what needs it runs uncompiled
+        # compiling now would spoil the recording; what is not yet compiled runs as it is
         with torch.compiler.set_stance("eager_on_recompile"), torch.cuda.graph(graph):
-            outputs = method(*inputs, **options)  # is recorded and does not run
+            outputs = method(*inputs, **options)  # only recorded, not run
         for group in groups:
             group["capturable"] = False
         return graph, outputs
@@ -1231,8 +1231,8 @@ def record(agent, name, cadence=tuple):
 
 # ---- training loop -----------------------------------------------------------------------------
 def autocast(args):
-    """What updates run in: with --precision bf16, convs and matrix products in bfloat16. Converted
-    weights are not cached, as they change in the middle of an update."""
+    """The context that updates run in: with --precision bf16, convs and matrix products use
+    bfloat16. Converted weights are not cached, as weights change in the middle of an update."""
     on = args.precision == "bf16"
     return torch.autocast(args.device.split(":")[0], torch.bfloat16, on, cache_enabled=False)
 
@@ -1253,8 +1253,8 @@ def updates_due(args, step):
 
 
 def to_host(tensor):
-    """Starts to copy a tensor to the CPU. Gives a function that waits for the copy, but not for
-    what a GPU was asked to do since, and gives the array."""
+    """Starts to copy a tensor to the CPU. Gives a function that waits for that copy, but not for
+    work that the GPU was given later, and returns the array."""
     if not tensor.is_cuda:
         return tensor.cpu().numpy
     copy_on_host = tensor.to("cpu", non_blocking=True)
@@ -1269,8 +1269,8 @@ def to_host(tensor):
 
 
 class Stop:
-    """Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 sets `signal`, and the run stops with a checkpoint where
-    it next can. A second signal ends the process at once."""
+    """Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 sets `signal`; the run then saves a checkpoint and stops
+    as soon as it can. A second signal ends the process at once."""
 
     signal = 0
 
@@ -1278,7 +1278,7 @@ class Stop:
         self.handlers = {}
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
             number = getattr(signal, name, None)  # Windows lacks two of them
-            if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # SIGHUP under nohup
                 with contextlib.suppress(ValueError):  # a thread cannot catch signals
                     self.handlers[number] = signal.signal(number, self)
         return self
@@ -1288,7 +1288,7 @@ class Stop:
         for other in self.handlers:
             signal.signal(other, signal.SIG_DFL)
         with contextlib.suppress(OSError):  # the terminal may be gone
-            print("\nstopping soon with a checkpoint; again: at once", file=sys.stderr, flush=True)
+            print("\nwill save and stop soon; repeat to stop at once", file=sys.stderr, flush=True)
 
     def __exit__(self, *_):
         for number, handler in self.handlers.items():
@@ -1311,7 +1311,7 @@ def train(args, run_dir, stop, payload=None):
         zeros = ["step", "frames", "episode", "updates", "evaluated", "row"]
         progress = SimpleNamespace(**dict.fromkeys(zeros, 0), wall_s=0.0, saved_wall_s=0.0)
         vars(progress).update(random_return=None, eval_return=None, metrics={}, rows=[])
-    rows = total_steps + args.total_frames // 1000 + 1000  # with starts, and the last episode
+    rows = total_steps + args.total_frames // 1000 + 1000  # steps, episode starts, last episode
     rows = max(rows, progress.row + 1)
     with refuse_on(OSError, "runs_dir", f"no room for {rows:,} rows of the replay buffer"):
         buffer = ReplayBuffer(run_dir / "replay", rows, args, env.spec)
@@ -1382,11 +1382,11 @@ def train(args, run_dir, stop, payload=None):
                     stream(args.seed, "act", progress.step)
                     action, carry = act(step, carry)
                     wait_for_action = to_host(action)
-                    # a longer backlog of updates waits until the episode is over
+                    # any further backlog of updates waits until the episode is over
                     for _ in range(math.ceil(args.updates_per_step)):
                         if warm and progress.updates < updates_due(args, progress.step):
                             update()
-                    action = wait_for_action()  # while a GPU makes the updates
+                    action = wait_for_action()  # a GPU is still making the updates
                     finite({"the action": action.sum()}, progress.updates)
                     step = env.step(action)
                     progress.step += 1
@@ -1397,7 +1397,7 @@ def train(args, run_dir, stop, payload=None):
                 logger.log({"train/return": episode_return})
             except control.PhysicsError as e:
                 tqdm.write(f"warning: episode {progress.episode} is discarded: {e}")
-                progress.frames += args.action_repeat  # so that a run of failures ends
+                progress.frames += args.action_repeat  # even a run that only fails must end
                 buffer.row = first_row
             progress.episode += 1
             save(args.checkpoint_every_minutes)
@@ -1408,7 +1408,7 @@ def train(args, run_dir, stop, payload=None):
 
 
 # ---- main --------------------------------------------------------------------------------------
-MAY_CHANGE = {  # flags beside --resume and --evaluate
+MAY_CHANGE = {  # flags that may be given with --resume or --evaluate
     "resume": {"resume", "total_frames", "device", "video", "track", "precision", "cuda_graph",
                "compile", "replay_device", "delete_replay", "eval_every_frames", "eval_episodes",
                "checkpoint_every_minutes"},
@@ -1431,7 +1431,7 @@ def check_args(args):
     rows = [  # flag, whether it is wrong, what to do
         *algorithm_checks(args),
         ("evaluate", args.evaluate and args.resume, "excludes --resume; drop one of them"),
-        ("replay_capacity", args.replay_capacity < 1000, "use at least 1000, a long episode"),
+        ("replay_capacity", args.replay_capacity < 1000, "use at least 1000 (one long episode)"),
         ("track", args.track and no_wandb, "needs `pip install wandb`"),
     ]
     for flag, wrong, remedy in rows:
@@ -1447,7 +1447,7 @@ def check_args(args):
             _render.Renderer(max(args.image_size, VIDEO_SIZE), VIDEO_SIZE).free()
     if args.device == "auto":
         args.device = str(torch.accelerator.current_accelerator() or "cpu")
-    text = f"{args.device} cannot be used; cpu, cuda, cuda:1, mps or auto might"
+    text = f"{args.device} cannot be used; try cpu, cuda, cuda:1, mps or auto"
     with refuse_on((RuntimeError, AssertionError), "device", text):
         torch.zeros(1, device=args.device).item()
     if args.device.startswith("cuda:"):
@@ -1478,14 +1478,14 @@ def parse_args(words):
         args = parse(default=was)
         for name, value in vars(was).items():
             if name not in MAY_CHANGE[flag] and value != getattr(args, name):
-                raise UsageError(name, f"--{flag} cannot change it, the run has {value}")
+                raise UsageError(name, f"--{flag} cannot change it; the run has {value}")
     check_args(args)
     return args, payload
 
 
 def make_run_dir(args, payload):
-    """The folder to resume, or a new one with the arguments and a copy of this script, which plays
-    the run when the script has changed. And its lock, which is free when nobody refers to it."""
+    """Gives the run's folder, and its lock, which is released once nothing refers to it. A new
+    folder gets the arguments, and a copy of this script, which plays the run when it changes."""
     if payload:
         run_dir = payload["run_dir"]
         if not (run_dir / "replay").exists():
@@ -1493,7 +1493,7 @@ def make_run_dir(args, payload):
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{stamp}"
-        name = re.sub(r"[^\w.-]+", "-", name)  # an own environment's id has colons and slashes
+        name = re.sub(r"[^\w.-]+", "-", name)  # a custom environment's id has colons or slashes
         run_dir = Path(args.runs_dir).expanduser() / name
         with refuse_on(OSError, "runs_dir", f"{run_dir} cannot be made"):
             run_dir.mkdir(parents=True)
@@ -1504,7 +1504,7 @@ def make_run_dir(args, payload):
         with refuse_on(Timeout, "resume", f"another process is at work in {run_dir}"):
             lock.acquire(timeout=0)
     except (OSError, NotImplementedError) as e:
-        print(f"warning: {run_dir} cannot be locked ({e}); one process at a time may use it")
+        print(f"warning: {run_dir} cannot be locked ({e}); let only one process use it")
     return run_dir, lock
 
 
@@ -1512,7 +1512,7 @@ def play(args, payload):
     """--evaluate: plays a trained agent and films its first episode. Gives the run's progress."""
     folder = payload["run_dir"]
     if args.runs_dir != payload["args"]["runs_dir"]:
-        folder = Path(args.runs_dir).expanduser()  # of the film
+        folder = Path(args.runs_dir).expanduser()  # where the film goes
     env = PixelEnv(args, largest_image=VIDEO_SIZE * args.video)
     act = restore_agent(args, payload).act
     returns, video = evaluate(act, env, args.eval_episodes, Stop(), args.video)
@@ -1539,7 +1539,7 @@ def main(words=None):
             with Stop() as stop:
                 progress = train(args, run_dir, stop, payload)
             if stop.signal and progress.evaluated < args.total_frames:
-                print(f"stopped; to go on: {command}")
+                print(f"stopped; to resume: {command}")
                 return 128 + stop.signal
         about = {"env_id": args.env_id, "script": Path(__file__).stem, "seed": args.seed}
         about |= {"device": args.device, "run_dir": str(run_dir)}
@@ -1558,8 +1558,8 @@ def main(words=None):
     except FloatingPointError as e:
         text = str(e)
     except OSError as e:
-        text = f"{e}{command and '; to go on: '}{command}"
-    except (MemoryError, RuntimeError) as e:  # PyTorch's on a CPU has no class of its own
+        text = f"{e}{command and '; to resume: '}{command}"
+    except (MemoryError, RuntimeError) as e:  # PyTorch raises a plain RuntimeError on a CPU
         text = f"memory: {str(e) or 'too little'}; use smaller networks, batches or a shorter run"
         if not isinstance(e, MemoryError) and not re.search("allocate|out of memory", str(e)):
             raise

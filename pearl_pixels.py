@@ -27,24 +27,24 @@ From pixels: designs 1 to 3 of Marshall & Khasar (cnn-test, cnn, cnn-rl), and tw
     python pearl_pixels.py --env-id cheetah-vel     # 20 target velocities to train on, 10 to test
     python pearl_pixels.py --evaluate RUN_DIR       # adapt to the test tasks, and film it
 
-Shapes: T tasks, B transitions of each, N transitions of context of each, M = T B, K stacked images,
+Shapes: T tasks, B transitions and N context transitions of each, M = T B, K stacked images,
 C H W image, S state, X what the agent sees of it (x), L task variable (z), A action.
 Units: a frame is one control step of the simulator and one decision of the agent; a trajectory is
 trajectory_steps frames of one task; a visit is a task's trajectories in an iteration; an update is
 one gradient update on T tasks. A run ends with a whole iteration.
-Tags in brackets, such as [PEARL J(Q)], name the formula of a line; D1 is a difference below. M&K is
-Marshall & Khasar, SAC https://arxiv.org/abs/1812.05905, SAC+AE https://arxiv.org/abs/1910.01741.
+Tags in brackets, such as [PEARL J(Q)], name the formula behind a line; D1 is the first difference
+below. M&K: Marshall & Khasar; SAC: arxiv.org/abs/1812.05905; SAC+AE: arxiv.org/abs/1910.01741.
 
 Differences from the paper and the authors' code
-D1  An update draws z once. Theirs draws twice and uses the second draw, equally distributed.
+D1  An update draws z once. Theirs draws twice and uses the second z, equal in distribution.
 D2  J(Q) and the KL have one backward pass. Theirs makes two, with an equal gradient.
 D3  There is no recurrent context encoder. In their code it is marked as not working.
 D4  Evaluation has random numbers of its own and infers z anew after each trajectory. In theirs the
     second trajectory has z from the prior, too, and the third one counts.
 D5  The bodies are dm_control's, not Gym's. Returns cannot be compared with the paper's.
 D6  The designs from pixels were published as slides without code. What they leave open is ours.
-D7  V and actor learn from the x of before the CNN's step. The context does not train the CNN.
-D8  Hidden weights start as PyTorch's do. Theirs start as rlkit's, whose bound goes by the fan out.
+D7  V and actor learn from x as it was before the CNN's step. The context does not train the CNN.
+D8  Hidden weights start as PyTorch's do. Theirs start as rlkit's, whose bound uses the fan-out.
 D9  States are standardised by the initial trajectories' mean and deviation. Theirs are not.
 D10 The default run is smaller. Theirs has 100 training and 30 test tasks, 2000 initial steps, 2000
     updates per iteration, each with 256 transitions of each task, and 500 iterations.
@@ -75,7 +75,7 @@ from typing import Literal, NamedTuple
 
 if sys.platform == "linux":
     os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
-    with contextlib.suppress(AttributeError):  # glibc keeps freed memory: up to 1.6 times as fast
+    with contextlib.suppress(AttributeError):  # have glibc keep freed memory: up to 1.6x as fast
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
     with contextlib.suppress(ImportError):  # Triton crashes if it is imported after OpenGL
@@ -116,7 +116,7 @@ class Args:
     compile: bool = True  # with CUDA graphs, fuse small kernels; the run starts a minute later
     threads: int = 0  # CPU threads (0: PyTorch's choice); 1 is best for runs side by side
     replay_capacity = math.inf  # not a flag: samples reach back to the run's first trajectory
-    replay_device: Literal["auto", "cpu"] = "auto"  # cpu: the rows need no memory of the GPU
+    replay_device: Literal["auto", "cpu"] = "auto"  # cpu: keep the rows out of GPU memory
     delete_replay: bool = False  # remove the replay buffer's files when the run has finished
     batch_size: int = 64  # samples per batch (transitions of each task; code 256)
     eval_every_frames: int = 20_000  # interval between evaluations [frames]
@@ -124,23 +124,23 @@ class Args:
     checkpoint_every_minutes: float = 5.0  # minimum time between two checkpoints [minutes]
     # this algorithm
     obs_mode: Literal["state", "cnn-test", "cnn", "cnn-rl", "ae", "critic"] = "critic"  # what x is
-    critic: Literal["v", "q"] = "v"  # v: V, fixed temperature (paper); q: target Qs, learned one
+    critic: Literal["v", "q"] = "v"  # v: V, fixed alpha (paper); q: target Qs, learned alpha
     oracle: bool = False  # z is the task's parameter, and nothing is inferred
-    train_tasks: int = 20  # tasks to train on, of a family without end (code 100)
-    test_tasks: int = 10  # tasks to test on, of a family without end (code 30)
+    train_tasks: int = 20  # tasks to train on, if the family is infinite (code 100)
+    test_tasks: int = 10  # tasks to test on, if the family is infinite (code 30)
     task_seed: int = 1337  # random seed of the tasks' parameters
     trajectory_steps: int = 0  # steps per trajectory; 0: the family's
     initial_steps: int = 1000  # steps per training task by the untrained policy (code 2000)
     tasks_per_iteration: int = 5  # training tasks that an iteration visits (code 5)
     prior_steps: int | None = None  # steps per visit with z from the prior (None: 400)
     posterior_steps: int = 0  # steps per visit with an inferred z (code 0)
-    extra_steps: int | None = None  # more of those, which the context leaves out (None: 600)
+    extra_steps: int | None = None  # steps with an inferred z, kept out of the context (None: 600)
     updates_per_iteration: int = 1000  # updates after the visits of an iteration (code 2000)
     meta_batch: int | None = None  # tasks per update (None: 16)
     context_size: int | None = None  # transitions that z is inferred from (None: 100)
-    context_trajectories: int = 4  # trajectories that z is inferred from in an evaluation, at most
+    context_trajectories: int = 4  # maximum of trajectories to infer z from in an evaluation
     latent_dim: int = 5  # size of z (code 5)
-    next_obs_in_context: bool = False  # always, where tasks differ in their dynamics (code too)
+    next_obs_in_context: bool = False  # add the next x to the context; always on if dynamics differ
     hidden_dim: int = 300  # width of the hidden layers (code 300)
     context_dim: int = 200  # width of the context encoder's hidden layers (code 200)
     gamma: float = 0.99  # discount per step (code 0.99)
@@ -153,7 +153,7 @@ class Args:
     conv_strides: tuple[int, ...] = (2, 2, 2, 2)  # one 3x3 conv layer each
     feature_dim: int = 50  # size of an image's features (x with --obs-mode critic or ae)
     cnn_lr: float = 3e-4  # Adam's learning rate for CNN and decoder
-    cnn_pretrain_updates: int = 1000  # regressions of a cnn mode on the initial trajectories
+    cnn_pretrain_updates: int = 1000  # updates of the CNN on the initial trajectories (cnn modes)
     rl_weight: float = 0.1  # weight of J(Q)'s gradient in the CNN with --obs-mode cnn-rl
     encoder_tau: float = 0.05  # Polyak coefficient of the target encoder
     latent_weight: float = 1e-6  # weight of the penalty |z|^2 / 2 (of x, with --obs-mode ae)
@@ -384,7 +384,7 @@ def mlp(in_dim, hidden_dim, out_dim, last=3e-3):
 
 
 def preprocess(obs):
-    """uint8 images (B, C, H, W) to float in [0, 1], channels last; states pass unchanged."""
+    """Scales uint8 images (B, C, H, W) to [0, 1], channels last; states pass unchanged."""
     if obs.dtype != torch.uint8:
         return obs
     return obs.to(torch.float32, memory_format=torch.channels_last) / 255
@@ -419,8 +419,8 @@ def as_z(theta, latent_dim):
 
 
 class Permute(nn.Module):
-    """Another order of the dimensions. Between convs and linear layers channels come last, as they
-    do in memory, so that nothing is copied."""
+    """Reorders the dimensions. Between convs and linear layers the channels come last, as they do
+    in memory, so that nothing is copied."""
 
     def __init__(self, *order):
         super().__init__()
@@ -487,7 +487,7 @@ class Agent(nn.Module):
     """Read update() first: it is the algorithm. Each loss is a method."""
 
     updates = 0  # made so far; the training loop counts them
-    # what --compile makes faster kernels of
+    # the methods that --compile turns into faster kernels
     compiled = ["posterior", "features_for", "policy", "target"]
     compiled += ["q_loss", "v_loss", "actor_loss", "reconstruction_loss"]
 
@@ -763,8 +763,8 @@ def refuse_on(errors, name, remedy):
 
 
 def stream(seed, purpose, counter):
-    """Random numbers by key: a fresh NumPy generator, from which PyTorch is seeded, too. No random
-    state is ever saved: a resumed run draws the same numbers at the same counters."""
+    """Gives a NumPy generator that the arguments seed, and seeds PyTorch from it. No random state
+    is ever saved: a resumed run draws the same numbers at the same counters."""
     rng = np.random.default_rng([seed, *purpose.encode(), counter])
     torch.manual_seed(int(rng.integers(2**63)))
     return rng
@@ -854,8 +854,8 @@ class PixelEnv:
         """Image (size, size, 3) uint8."""
         from dm_control.mujoco.engine import Camera
 
-        if size not in self.cameras:  # making one takes longer than an image
-            camera_id = min(0, self.env.physics.model.ncam - 1)  # -1 is free, if there is none
+        if size not in self.cameras:  # making a camera takes longer than an image
+            camera_id = min(0, self.env.physics.model.ncam - 1)  # without one: -1, the free camera
             if self.args.env_id.startswith("quadruped"):
                 camera_id = 2
             self.cameras[size] = Camera(self.env.physics, size, size, camera_id)
@@ -865,19 +865,19 @@ class PixelEnv:
 
 # ---- replay buffer -----------------------------------------------------------------------------
 def upload(values, device):
-    """Array, number or tensor as a tensor on `device`; to CUDA without waiting for the GPU."""
+    """Puts an array, number or tensor on `device`; on CUDA without waiting for the GPU."""
     tensor = torch.as_tensor(values)
     pinned = tensor.is_cpu and device.startswith("cuda")
     return (tensor.pin_memory() if pinned else tensor).to(device, non_blocking=pinned)
 
 
 class ReplayBuffer:
-    """Rows in memory-mapped files. What a checkpoint counts is never written again, so that a run
-    can go on after a process died. A GPU has a copy of the rows, or of each batch alone.
+    """Rows in memory-mapped files. Rows that a checkpoint counts are never overwritten, so that a
+    run can go on after its process died. A GPU holds a copy of all rows, or of each batch only.
 
-    Row t holds image t, the action that led to it (zeros at an episode's start), the reward and the
-    discount on arriving. A transition is rows t and t + 1 of one episode. Samples reach `capacity`
-    rows back. Agent.sample() makes stacks of images and sequences from rows."""
+    Row t holds image t, the action that led to it (zeros at an episode's start), and the reward and
+    the discount that came with it. A transition is rows t and t + 1 of one episode. Samples reach
+    `capacity` rows back. Agent.sample() makes stacks of images and sequences from rows."""
 
     def __init__(self, folder, rows, args, spec):
         self.folder = Path(folder)
@@ -893,7 +893,7 @@ class ReplayBuffer:
         self.grow(rows)
 
     def grow(self, rows):
-        """Reserves room for so many rows, so that a disk that is too small is noticed now."""
+        """Reserves room for `rows` rows, so that a disk that is too small is noticed at once."""
         self.rows = rows
         self.folder.mkdir(exist_ok=True)
         self.files = {}
@@ -1070,11 +1070,11 @@ def scatter(means, dot=5, size=200):
 
 # ---- logs and checkpoints ----------------------------------------------------------------------
 def finite(metrics, updates):
-    """Metrics as floats. Ends a run that becomes NaN or infinite, before it is saved."""
+    """Converts metrics to floats. If one is NaN or infinite the run ends, before it is saved."""
     metrics = {name: float(value) for name, value in metrics.items()}
     for name, value in metrics.items():
         if not math.isfinite(value):
-            text = f"{name} is {value} after {updates} updates; what came after the last checkpoint"
+            text = f"{name} is {value} after {updates} updates; progress since the last checkpoint"
             raise FloatingPointError(f"{text} is lost. Smaller learning rates may help")
     return metrics
 
@@ -1094,7 +1094,7 @@ class Logger:
             importlib.import_module("wandb").init(**wandb, sync_tensorboard=True)
         self.writer = SummaryWriter(run_dir, purge_step=progress.frames + 1)
         self.writer.add_text("arguments", json.dumps(vars(args), indent=4))
-        # The bar counts updates, as they take the time. Without a terminal it is a line per minute.
+        # The bar counts updates, the slow part. Without a terminal it prints a line per minute.
         lines = {} if sys.stderr.isatty() else {"mininterval": 60}
         form = "{percentage:3.0f}%|{bar:20}| {desc} [{elapsed}<{remaining}]" + "\n" * len(lines)
         counts = {"initial": progress.updates, "total": total_updates, "miniters": 0}
@@ -1149,7 +1149,7 @@ def save_checkpoint(run_dir, args, agent, buffer, progress):
     payload = {"args": vars(args), "spec": tuple(agent.spec), "progress": vars(progress)}
     payload["agent"] = agent.state_dict()
     payload["optimizers"] = {name: o.state_dict() for name, o in agent.optimizers.items()}
-    torch.save(payload, data := io.BytesIO())  # first into memory: PyTorch hides a full disk
+    torch.save(payload, data := io.BytesIO())  # into memory first: PyTorch hides disk-full errors
     with open(run_dir / "checkpoint.part", "wb") as file:
         file.write(data.getbuffer())
         file.flush()
@@ -1161,7 +1161,7 @@ def read_checkpoint(path, flag):
     """Args and payload of a checkpoint or of a run's folder. Code in the file never runs."""
     path = Path(path).expanduser()
     path = path / "checkpoint.pt" if path.is_dir() else path
-    with refuse_on(Exception, flag, f"{path} is no checkpoint of this script"):
+    with refuse_on(Exception, flag, f"{path} is not a checkpoint of this script"):
         with zipfile.ZipFile(path) as archive:
             if damaged := archive.testzip():  # checks every CRC
                 raise ValueError(f"{damaged} is damaged")
@@ -1191,7 +1191,7 @@ def compile_parts(agent):
     """Compiles what Agent.compiled names, so that one kernel takes the place of many small ones."""
     compilers = [shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang")]
     if not (importlib.util.find_spec("triton") and any(compilers)):
-        text = "warning: --compile has no effect, it needs Triton and a C compiler (gcc or clang)"
+        text = "warning: --compile has no effect; it needs Triton and a C compiler (gcc or clang)"
         print(text, file=sys.stderr)
         return
     for name in agent.compiled:
@@ -1201,10 +1201,10 @@ def compile_parts(agent):
 
 
 def record(agent, name, cadence=tuple):
-    """Wraps a method of the agent in CUDA graphs. For each combination of the inputs' shapes, the
-    bools and None among them, the options and cadence(), the method runs three times as it is, is
-    then recorded, and from then on replayed, always on copies of the inputs that keep their place
-    in memory. Whatever else it reads or changes must lie on the GPU."""
+    """Wraps a method of the agent in CUDA graphs. Each combination of input shapes, bools, Nones,
+    options and cadence() has its own graph. The method runs normally in the first three calls, is
+    recorded in the fourth, and is only replayed from then on. The inputs are copied to places that
+    never move in memory. Whatever else the method reads or changes must lie on the GPU."""
     method = getattr(agent, name)
     device = agent.args.device
     side_stream = torch.cuda.Stream()
@@ -1225,7 +1225,7 @@ def record(agent, name, cadence=tuple):
         for place, new in zip(tree_leaves(places[key]), tree_leaves(inputs), strict=True):
             if isinstance(place, torch.Tensor):
                 place.copy_(new)
-        if calls[key] <= 3:  # in these, algorithms are chosen and Adam makes its moments
+        if calls[key] <= 3:  # these calls choose algorithms and create Adam's moments
             now = torch.cuda.current_stream()
             side_stream.wait_stream(now)
             with torch.cuda.stream(side_stream):
@@ -1243,9 +1243,9 @@ def record(agent, name, cadence=tuple):
         graph = torch.cuda.CUDAGraph()
         for group in groups:
             group["capturable"] = True
-        # to compile now would spoil the recording, so that what needs it runs uncompiled
+        # compiling now would spoil the recording; what is not yet compiled runs as it is
         with torch.compiler.set_stance("eager_on_recompile"), torch.cuda.graph(graph):
-            outputs = method(*inputs, **options)  # is recorded and does not run
+            outputs = method(*inputs, **options)  # only recorded, not run
         for group in groups:
             group["capturable"] = False
         return graph, outputs
@@ -1256,8 +1256,8 @@ def record(agent, name, cadence=tuple):
 
 # ---- training loop -----------------------------------------------------------------------------
 def autocast(args):
-    """What updates run in: with --precision bf16, convs and matrix products in bfloat16. Converted
-    weights are not cached, as they change in the middle of an update."""
+    """The context that updates run in: with --precision bf16, convs and matrix products use
+    bfloat16. Converted weights are not cached, as weights change in the middle of an update."""
     on = args.precision == "bf16"
     return torch.autocast(args.device.split(":")[0], torch.bfloat16, on, cache_enabled=False)
 
@@ -1303,8 +1303,8 @@ def collect(agent, env, buffer, job, rng):
 
 
 class Stop:
-    """Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 sets `signal`, and the run stops with a checkpoint where
-    it next can. A second signal ends the process at once."""
+    """Ctrl-C, SIGTERM, SIGHUP or SIGUSR1 sets `signal`; the run then saves a checkpoint and stops
+    as soon as it can. A second signal ends the process at once."""
 
     signal = 0
 
@@ -1312,7 +1312,7 @@ class Stop:
         self.handlers = {}
         for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"):
             number = getattr(signal, name, None)  # Windows lacks two of them
-            if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup ignores SIGHUP
+            if number and signal.getsignal(number) != signal.SIG_IGN:  # SIGHUP under nohup
                 with contextlib.suppress(ValueError):  # a thread cannot catch signals
                     self.handlers[number] = signal.signal(number, self)
         return self
@@ -1322,7 +1322,7 @@ class Stop:
         for other in self.handlers:
             signal.signal(other, signal.SIG_DFL)
         with contextlib.suppress(OSError):  # the terminal may be gone
-            print("\nstopping soon with a checkpoint; again: at once", file=sys.stderr, flush=True)
+            print("\nwill save and stop soon; repeat to stop at once", file=sys.stderr, flush=True)
 
     def __exit__(self, *_):
         for number, handler in self.handlers.items():
@@ -1439,7 +1439,7 @@ def train(args, run_dir, stop, payload=None):
 
 # ---- main --------------------------------------------------------------------------------------
 
-MAY_CHANGE = {  # flags beside --resume and --evaluate
+MAY_CHANGE = {  # flags that may be given with --resume or --evaluate
     "resume": {"resume", "total_frames", "device", "video", "track", "precision", "cuda_graph",
                "compile", "replay_device", "delete_replay", "eval_every_frames", "eval_episodes",
                "checkpoint_every_minutes"},
@@ -1463,7 +1463,7 @@ def check_args(args):
     rows = [  # flag, whether it is wrong, what to do
         *algorithm_checks(args),
         ("evaluate", args.evaluate and args.resume, "excludes --resume; drop one of them"),
-        ("replay_capacity", args.replay_capacity < 1000, "use at least 1000, a long episode"),
+        ("replay_capacity", args.replay_capacity < 1000, "use at least 1000 (one long episode)"),
         ("track", args.track and no_wandb, "needs `pip install wandb`"),
     ]
     for flag, wrong, remedy in rows:
@@ -1479,7 +1479,7 @@ def check_args(args):
             _render.Renderer(max(args.image_size, VIDEO_SIZE), VIDEO_SIZE).free()
     if args.device == "auto":
         args.device = str(torch.accelerator.current_accelerator() or "cpu")
-    text = f"{args.device} cannot be used; cpu, cuda, cuda:1, mps or auto might"
+    text = f"{args.device} cannot be used; try cpu, cuda, cuda:1, mps or auto"
     with refuse_on((RuntimeError, AssertionError), "device", text):
         torch.zeros(1, device=args.device).item()
     if args.device.startswith("cuda:"):
@@ -1510,14 +1510,14 @@ def parse_args(words):
         args = parse(default=was)
         for name, value in vars(was).items():
             if name not in MAY_CHANGE[flag] and value != getattr(args, name):
-                raise UsageError(name, f"--{flag} cannot change it, the run has {value}")
+                raise UsageError(name, f"--{flag} cannot change it; the run has {value}")
     check_args(args)
     return args, payload
 
 
 def make_run_dir(args, payload):
-    """The folder to resume, or a new one with the arguments and a copy of this script, which plays
-    the run when the script has changed. And its lock, which is free when nobody refers to it."""
+    """Gives the run's folder, and its lock, which is released once nothing refers to it. A new
+    folder gets the arguments, and a copy of this script, which plays the run when it changes."""
     if payload:
         run_dir = payload["run_dir"]
         if not (run_dir / "replay").exists():
@@ -1525,7 +1525,7 @@ def make_run_dir(args, payload):
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{stamp}"
-        name = re.sub(r"[^\w.-]+", "-", name)  # an own environment's id has colons and slashes
+        name = re.sub(r"[^\w.-]+", "-", name)  # a custom environment's id has colons or slashes
         run_dir = Path(args.runs_dir).expanduser() / name
         with refuse_on(OSError, "runs_dir", f"{run_dir} cannot be made"):
             run_dir.mkdir(parents=True)
@@ -1536,7 +1536,7 @@ def make_run_dir(args, payload):
         with refuse_on(Timeout, "resume", f"another process is at work in {run_dir}"):
             lock.acquire(timeout=0)
     except (OSError, NotImplementedError) as e:
-        print(f"warning: {run_dir} cannot be locked ({e}); one process at a time may use it")
+        print(f"warning: {run_dir} cannot be locked ({e}); let only one process use it")
     return run_dir, lock
 
 
@@ -1545,7 +1545,7 @@ def play(args, payload):
     the run's progress."""
     folder = payload["run_dir"]
     if args.runs_dir != payload["args"]["runs_dir"]:
-        folder = Path(args.runs_dir).expanduser()  # of the film
+        folder = Path(args.runs_dir).expanduser()  # where the film goes
     env = PixelEnv(args, largest_image=VIDEO_SIZE * args.video)
     agent = restore_agent(args, payload)
     thetas = split(args)[1]
@@ -1574,7 +1574,7 @@ def main(words=None):
             with Stop() as stop:
                 progress = train(args, run_dir, stop, payload)
             if stop.signal and progress.evaluated < args.total_frames:
-                print(f"stopped; to go on: {command}")
+                print(f"stopped; to resume: {command}")
                 return 128 + stop.signal
         about = {"env_id": args.env_id, "script": Path(__file__).stem, "seed": args.seed}
         about |= {"device": args.device, "run_dir": str(run_dir)}
@@ -1593,8 +1593,8 @@ def main(words=None):
     except FloatingPointError as e:
         text = str(e)
     except OSError as e:
-        text = f"{e}{command and '; to go on: '}{command}"
-    except (MemoryError, RuntimeError) as e:  # PyTorch's on a CPU has no class of its own
+        text = f"{e}{command and '; to resume: '}{command}"
+    except (MemoryError, RuntimeError) as e:  # PyTorch raises a plain RuntimeError on a CPU
         text = f"memory: {str(e) or 'too little'}; use smaller networks, batches or a shorter run"
         if not isinstance(e, MemoryError) and not re.search("allocate|out of memory", str(e)):
             raise

@@ -161,7 +161,7 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(finished, tmp_path, damage, 
     DAMAGE[damage](run_dir / "checkpoint.pt")
     for flag in ("--resume", "--evaluate"):
         status = sac_ae.main([flag, str(run_dir)])
-        assert_refused(status, capsys.readouterr().err, flag, "no checkpoint")
+        assert_refused(status, capsys.readouterr().err, flag, "not a checkpoint")
     assert not os.path.exists("/tmp/pwned_by_checkpoint")
 
 
@@ -244,7 +244,7 @@ def test_a_disk_that_fills_later_ends_the_run_in_one_line(name, tmp_path, capsys
     flags = f"{TINY[name]} --runs-dir {tmp_path} --checkpoint-every-minutes 1e-9"
     assert module.main(flags.split()) == 1
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("error: ") and "No space left" in last and "to go on: python" in last
+    assert last.startswith("error: ") and "No space left" in last and "to resume: python" in last
     monkeypatch.undo()
     words = last.partition(" --resume ")[2].split()
     assert module.main(["--resume", *words]) == 0

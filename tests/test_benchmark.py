@@ -251,14 +251,6 @@ def test_a_renamed_copy_is_a_script_too(tmp_path):
     assert "sac_mine" in other.communicate()[1] and other.returncode == 2
 
 
-@deep
-def test_a_wrong_flag_is_named(tmp_path):
-    process = bench(*words(tmp_path, seeds=(1, 1), flags="--nonsense 3"))
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == 1 and output.splitlines()[-2] == "1 failed; 0 min so far"
-    assert "exit status 2: " in output and "--nonsense" in output
-
-
 def wait_for_checkpoint(out, process, seconds=300):
     until = time.monotonic() + seconds
     while not list(out.glob("*/seed1/*/checkpoint.pt")):
@@ -276,13 +268,7 @@ def undisturbed(finished):
 
 
 @deep
-@pytest.mark.parametrize(
-    ("engine", "number"),
-    [
-        *[("local", number) for number in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)],
-        *[("ray", number) for number in (signal.SIGINT, signal.SIGTERM)],
-    ],
-)
+@pytest.mark.parametrize("engine, number", [("local", signal.SIGINT), ("ray", signal.SIGTERM)])
 def test_a_signal_stops_all_runs_with_a_checkpoint_and_the_command_goes_on(
     tmp_path, undisturbed, engine, number
 ):
@@ -312,20 +298,6 @@ def run_and_parent(folder):
     """Process numbers of the run in this folder and of what started it."""
     found = [p for p in processes() if "sac_ae.py" in p[2] and str(folder) in p[2]]
     return found[0][:2]
-
-
-@linux
-@deep
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
-def test_a_run_that_a_signal_stopped_has_not_failed(tmp_path, undisturbed, number):
-    """As a scheduler does that tells all processes that the time is over."""
-    process = bench(*words(tmp_path))
-    wait_for_checkpoint(tmp_path, process)
-    os.kill(run_and_parent(one_folder(tmp_path, "*/seed1"))[0], number)
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0 and "1 waiting" in output, errors
-    assert bench(*words(tmp_path)).wait(600) == 0
-    assert rows_of(tmp_path) == undisturbed
 
 
 def test_two_at_once_do_not_write_to_the_same_runs(tmp_path):
@@ -364,18 +336,6 @@ def test_ray_tries_again_when_a_worker_is_killed(tmp_path, undisturbed):
     log = one_folder(tmp_path, "*/seed1/log.txt").read_text()
     assert log.count("$ python") == 2 and "--resume" in log
     assert rows_of(tmp_path) == undisturbed
-
-
-@deep
-def test_a_run_that_died_before_its_first_checkpoint_begins_anew(finished, tmp_path):
-    folder = one_folder(finished[0], "*balance*")
-    shutil.copytree(folder, tmp_path / folder.name)
-    old = one_folder(tmp_path, "*/seed1/*__1__*")
-    for name in ("checkpoint.pt", "summary.json"):
-        (old / name).unlink()
-    process = bench(*words(tmp_path))
-    assert process.wait(300) == 0
-    assert one_folder(tmp_path, "*/seed1/*__1__*") != old
 
 
 # ---- report ------------------------------------------------------------------------------------
@@ -506,18 +466,6 @@ def test_area_tasks_and_the_published_value(tmp_path):
     write_group(tmp_path / "long", "long", "cheetah-run", long, published="SAC+AE")
     text = report.report(report.load([tmp_path / "long"]))
     assert f"| {np.interp(500_000, x, y):.0f} | 2.0 |" in text
-
-
-def test_curves_of_one_label_are_told_apart_by_their_studies(tmp_path):
-    for study in ("one", "two"):
-        write_group(tmp_path / study, "SAC+AE", "cheetah-run", {1: [1, 2]})
-    write_group(tmp_path / "three", "SAC+AE", "walker-walk", {1: [1, 2]})
-    labels = [(c.env_id, c.label) for c in report.load([tmp_path])]
-    assert labels == [
-        ("cheetah-run", "SAC+AE (one)"),
-        ("walker-walk", "SAC+AE"),
-        ("cheetah-run", "SAC+AE (two)"),
-    ]
 
 
 def test_run_folders_are_read_as_the_scripts_leave_them(finished, tmp_path):

@@ -339,14 +339,34 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA dev
 
 
 @gpu
-def test_graphs_are_eager_code_on_a_gpu(case):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_graphs_are_eager_code_on_a_gpu(case, compiled, monkeypatch):
+    from torch._inductor import config
+
+    monkeypatch.setattr(config, "fallback_random", True)  # compiled code draws eager code's noise
+    torch.compiler.reset()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     eager, _ = history(*case[:2], graph=False, device="cuda")
-    recorded, _ = history(*case[:2], graph=True, device="cuda")
+    recorded, _ = history(*case[:2], graph=True, device="cuda", compiled=compiled)
     for i, (a, b) in enumerate(zip(eager, recorded, strict=True)):
         for k in a:
             torch.testing.assert_close(b[k], a[k], rtol=1e-4, atol=1e-4, msg=f"{i} {k}")
+
+
+@gpu
+def test_the_noise_of_a_recorded_action_depends_on_its_key_alone():
+    module, agent, _, rng = small_agent("sac_ae", device="cuda")
+    module.record(agent, "act")
+    step = noise_step(module, agent.spec, rng, True)
+
+    def action(number):
+        module.stream(1, "act", number)
+        return agent.act(step, None, explore=True)[0]
+
+    for number in range(5):  # from the fourth on it is recorded
+        action(number)
+    assert torch.equal(action(7), action(7)) and not torch.equal(action(7), action(8))
 
 
 @gpu
