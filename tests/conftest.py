@@ -22,6 +22,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["sac_ae", "sac_gaara", "slac", "dreamerv2", "pearl_pixels"]
 SUITE = SCRIPTS[:4]  # play one task; PEARL has a loop of its own
+DEEP = [pytest.param(name, marks=pytest.mark.deep) for name in SUITE[1:]]
+LOOPS = ["sac_ae", "pearl_pixels", *DEEP]  # one script per loop by default; the loop is shared
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks: more threads only wait
 if sys.platform == "linux":

@@ -16,7 +16,7 @@ LENGTHS = [5, 1, 9, 2, 13, 7, 4]  # 41 transitions in 48 rows
 
 
 def make(folder, capacity, rows=100):
-    args = SimpleNamespace(replay_capacity=capacity, device="cpu")
+    args = SimpleNamespace(replay_capacity=capacity, device="cpu", replay_device="auto")
     return script.ReplayBuffer(folder, rows, args, SPEC)
 
 

@@ -22,7 +22,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, TINY, noise_step, run, run_here, summary, tiny_agent, tiny_args
+from conftest import DEEP, SCRIPTS, TINY, noise_step, run, run_here, summary, tiny_agent, tiny_args
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -213,7 +213,7 @@ def test_without_a_compiler_a_run_goes_on(monkeypatch, capsys):
     assert text.startswith("warning: --compile has no effect") and text.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", SCRIPTS[:4])
+@pytest.mark.parametrize("name", ["sac_ae", *DEEP])
 def test_the_environment_steps_while_a_gpu_makes_the_updates(name, monkeypatch, tmp_path):
     """The loop asks for an action, starts to copy it, launches the updates, and waits for the copy
     alone."""

@@ -12,7 +12,19 @@ from pathlib import Path
 import imageio.v3 as imageio
 import pytest
 import torch
-from conftest import ROOT, SCRIPTS, SUITE, TINY, command, metrics, run, run_here, summary
+from conftest import (
+    DEEP,
+    LOOPS,
+    ROOT,
+    SCRIPTS,
+    SUITE,
+    TINY,
+    command,
+    metrics,
+    run,
+    run_here,
+    summary,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 OFTEN = " --checkpoint-every-minutes 1e-9"  # a checkpoint wherever one may be made
@@ -226,7 +238,8 @@ SIGNALS = ["SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1"]
 
 @pytest.mark.parametrize(
     "name, signal_name",
-    [("sac_ae", s) for s in SIGNALS]
+    [("sac_ae", "SIGTERM")]
+    + [pytest.param("sac_ae", s, marks=pytest.mark.deep) for s in SIGNALS if s != "SIGTERM"]
     + [pytest.param(n, "SIGTERM", marks=pytest.mark.deep) for n in SCRIPTS[1:]],
 )
 def test_a_signal_stops_with_a_checkpoint(name, signal_name, undisturbed, tmp_path):
@@ -237,12 +250,13 @@ def test_a_signal_stops_with_a_checkpoint(name, signal_name, undisturbed, tmp_pa
     process.send_signal(number)
     out, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + number, errors
-    assert "Traceback" not in errors and "stopping soon" in errors
+    assert "Traceback" not in errors and "will save and stop" in errors
     assert f"--resume {run_dir}" in out.splitlines()[-1]
     resume(name, run_dir)
     assert_same_run(undisturbed(name), run_dir)
 
 
+@pytest.mark.deep
 def test_a_signal_stops_a_burst_and_an_evaluation(undisturbed, tmp_path):
     """In the burst at the next update, in an evaluation at the end of its episode."""
     for where, flags in (("burst", BURST), ("evaluation", " --eval-episodes 30")):
@@ -266,7 +280,7 @@ def test_a_second_signal_ends_at_once(tmp_path):
     assert process.wait(5) in (-signal.SIGTERM, 128 + signal.SIGTERM)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", LOOPS)
 def test_checkpoints_and_evaluations_change_no_number(name, undisturbed, tmp_path):
     flags = f"{TINY[name]} --eval-every-frames 100000"
     often = run_here(name, f"{flags} --runs-dir {tmp_path}/often {OFTEN}")
@@ -276,7 +290,7 @@ def test_checkpoints_and_evaluations_change_no_number(name, undisturbed, tmp_pat
     assert other["random_return"] != often["random_return"]
 
 
-@pytest.mark.parametrize("name", SUITE)
+@pytest.mark.parametrize("name", ["sac_ae", *DEEP])
 def test_a_finished_run_can_be_made_longer(name, undisturbed, tmp_path):
     """It then is what a longer run would have been, but for the evaluation at its first end."""
     run_dir = tmp_path / "run"
@@ -325,6 +339,7 @@ def test_load_agent_gives_an_agent_that_acts(name, undisturbed):
         assert agent.act(step, carry, explore=False)[0].shape == (env.spec.action_dim,)
 
 
+@pytest.mark.deep
 def test_python_oo_and_a_home_folder(tmp_path):
     """No docstrings; and ~ in a path."""
     words = command("sac_ae", f"{TINY['sac_ae']} --runs-dir ~/runs --delete-replay")
@@ -336,6 +351,7 @@ def test_python_oo_and_a_home_folder(tmp_path):
     assert again.returncode == 2 and "deleted" in again.stderr
 
 
+@pytest.mark.deep
 def test_weights_and_biases_goes_on_in_the_same_run(tmp_path):
     """A stand-in for the package notes what it was told."""
     log = tmp_path / "calls"
