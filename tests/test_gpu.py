@@ -145,6 +145,7 @@ def history(name, flags, graph, device="cpu", updates=26, compiled=False):
     module, agent, buffer, rng = small_agent(name, flags, device)
     if compiled:
         module.compile_parts(agent)
+        torch._dynamo.config.suppress_errors = False
     if graph:
         module.record(agent, "update", getattr(agent, "cadence", tuple))
         module.record(agent, "act")
