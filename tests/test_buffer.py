@@ -113,7 +113,7 @@ def test_the_files_are_the_buffer(tmp_path):
 
 def test_an_image_is_kept_once(tmp_path):
     """84 x 84 x 3 bytes and less than 150 for all the rest: design, section 6."""
-    args = SimpleNamespace(replay_capacity=1000, device="cpu")
+    args = SimpleNamespace(replay_capacity=1000, device="cpu", replay_device="auto")
     script.ReplayBuffer(tmp_path, 100, args, script.EnvSpec((3, 84, 84), 6, 17))
     size = sum(path.stat().st_size for path in tmp_path.iterdir())
     assert size <= 100 * (84 * 84 * 3 + 150)
