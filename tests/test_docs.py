@@ -67,7 +67,7 @@ def test_the_readmes_claims_are_what_was_recorded():
     limits = {"slac.pytorch": 2.5e-6, "dreamerv2": 4e-6}  # others: double precision
     for row in cells("\n".join(docs.equality()))[2:]:
         difference, stem = re.search(r"\[(.*)\].*/(.*)\.txt", row[2]).groups()
-        assert float(difference) <= limits.get(stem, 1e-11), stem
+        assert float(difference) <= limits.get(stem, 2e-11), stem
     for stem in ("pytorch_sac_ae", "SAC-GAARA"):
         text = (docs.RESULTS / "equal" / f"{stem}.txt").read_text()
         assert re.findall(r"that differ in .*: (\d+)", text) == ["0"] * 6, stem
