@@ -50,8 +50,8 @@ BUGS = [  # test files, what stands there, the bug
     ("pearl_pixels", "self.args.reward_scale * reward", "reward"),
     ("pearl_pixels", "return var * (mu * precision).sum(1), var", "return mu.mean(1), var"),
     # gradients
-    (SAC, "self.actor_loss(h if args.actor_trains_encoder else h.detach())", "self.actor_loss(h)"),
-    (SAC, "[] if args.freeze_encoder else encoder", "encoder"),
+    (SAC, "adam([*seen_by_critic, *self", "adam([*self"),
+    (SAC, 'optimizers["encoder"], optimizers["decoder"])', 'optimizers["decoder"])'),
     (f"{SAC} slac", "t.lerp_(p, tau)", "t.lerp_(p, 1 - tau)"),
     (SAC, "self.target_encoder, args.encoder_tau", "self.target_encoder, args.critic_tau"),
     ("dreamerv2", "self.actor(features.detach())", "self.actor(features)"),

@@ -357,6 +357,11 @@ def test_cadence():
         assert (reset, model, behavior) == (False, True, True)
         copies += [agent.updates + 1] * target
     assert copies == [1, 101, 201]
+    agent, _ = make_agent("--behavior-every-updates 2 --target-every-updates 3")
+    due = []
+    for agent.updates in range(14):
+        due += [agent.updates] * agent.cadence().target
+    assert due == [0, 6, 12]  # every third update of the critic
     for updates in range(6):
         agent, batch = make_agent("--model-every-updates 2 --target-every-updates 3", updates)
         parts = moved(agent, functools.partial(agent.update, batch))
@@ -390,7 +395,6 @@ def test_acting_and_training_see_the_same():
     assert is_first[:, 0].all() and not is_first[:, 1:].any()
 
 
-@pytest.mark.deep
 def test_random_shift_is_one_replicated_crop_per_sequence():
     """DrQ's shift of up to two pixels, all 25 of them; the same for all images of a sequence."""
     obs = torch.randint(0, 256, (300, 2, 3, 9, 9), dtype=torch.uint8)
