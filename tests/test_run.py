@@ -1,5 +1,6 @@
 """Whole tiny runs: what they leave, and that a run which was killed or stopped goes on exactly."""
 
+import importlib
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from conftest import (
     run,
     run_here,
     summary,
+    tiny_args,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -133,6 +135,14 @@ def test_a_run_and_what_it_leaves(name, undisturbed):
     assert json.loads((run_dir / "args.json").read_text())["seed"] == 1
     assert (run_dir / f"{name}.py").read_text() == (ROOT / f"{name}.py").read_text()
     assert (run_dir / "replay" / "obs").stat().st_size > 0
+
+
+@pytest.mark.parametrize("name", SUITE)
+def test_the_first_burst_is_due_when_the_warmup_ends(name):
+    flags = "--warmup-steps 60 --pretrain-updates 10 --updates-per-step 0.5"
+    module = importlib.import_module(name)
+    due = [module.updates_due(tiny_args(module, flags), step) for step in (59, 60, 61, 62, 64)]
+    assert due == [0, 10, 10, 11, 12]
 
 
 @pytest.mark.parametrize("name", SUITE)
@@ -327,8 +337,6 @@ def test_a_run_in_a_thread(tmp_path):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_load_agent_gives_an_agent_that_acts(name, undisturbed):
-    import importlib
-
     module = importlib.import_module(name)
     agent = module.load_agent(undisturbed(name))
     assert_same(agent.state_dict(), checkpoint(undisturbed(name))["agent"])
