@@ -145,6 +145,12 @@ def test_the_first_burst_is_due_when_the_warmup_ends(name):
     assert due == [0, 10, 10, 11, 12]
 
 
+def test_a_run_counts_the_frames_that_were_simulated(tmp_path):
+    """Three episodes of 34 steps, the last of which has 10 frames in place of 30."""
+    flags = f"{TINY['sac_ae']} --action-repeat 30 --total-frames 3000 --runs-dir {tmp_path}"
+    assert run_here("sac_ae", flags)["frames"] == 3000
+
+
 @pytest.mark.parametrize("name", SUITE)
 def test_rows_come_at_the_ends_of_episodes_and_evaluations(name, undisturbed):
     rows = metrics(undisturbed(name))
