@@ -107,11 +107,11 @@ class Args:
     evaluate: str = ""  # play and film the trained agent of the run in this folder
     video: bool = True  # film the first episode of every evaluation (here the first task's)
     track: bool = False  # also log to Weights & Biases
-    runs_dir: str = "runs"  # folder in which the run's folder is created
+    runs_dir: str = "runs"  # parent of the run's folder
     action_repeat: int = 1  # frames per step (always 1)
     image_size: int = 64  # width and height of an image [pixels]
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # number type; bf16: GPU or AVX512_BF16 CPU
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16 on a CPU needs AVX512_BF16 or AMX
     cuda_graph: bool = True  # on CUDA, launch an update or an action as one graph
     compile: bool = True  # with CUDA graphs, fuse small kernels; the run starts a minute later
     threads: int = 0  # CPU threads (0: PyTorch's choice); 1 is best for runs side by side
@@ -160,7 +160,7 @@ class Args:
     decoder_weight_decay: float = 1e-7  # L2 on the decoder, inside Adam
 
     def __post_init__(self):
-        family = FAMILIES.get(self.env_id, FAMILIES["cheetah-vel"])  # find_family() refuses others
+        family = FAMILIES.get(self.env_id, FAMILIES["cheetah-vel"])  # others are refused later
         self.action_repeat = self.action_repeat or 1
         self.trajectory_steps = self.trajectory_steps or family.steps
         self.frame_stack = 1 if self.obs == "state" else self.frame_stack
@@ -1588,7 +1588,7 @@ def main(words=None):
         return 0
     except UsageError as e:
         if run_dir and not (run_dir / "checkpoint.pt").exists():
-            shutil.rmtree(run_dir)  # nothing is left of a run that could not begin
+            shutil.rmtree(run_dir)  # a run that could not begin leaves nothing behind
         print(f"error: {e}", file=sys.stderr)
         return 2
     except FloatingPointError as e:

@@ -96,11 +96,11 @@ class Args:
     evaluate: str = ""  # play and film the trained agent of the run in this folder
     video: bool = True  # film the first episode of every evaluation
     track: bool = False  # also log to Weights & Biases
-    runs_dir: str = "runs"  # folder in which the run's folder is created
+    runs_dir: str = "runs"  # parent of the run's folder
     action_repeat: int = 0  # frames per step (0: the published value for the task)
     image_size: int = 84  # width and height of an image [pixels]
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # number type; bf16: GPU or AVX512_BF16 CPU
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16 on a CPU needs AVX512_BF16 or AMX
     cuda_graph: bool = True  # on CUDA, launch an update or an action as one graph
     compile: bool = True  # with CUDA graphs, fuse small kernels; the run starts a minute later
     threads: int = 0  # CPU threads (0: PyTorch's choice); 1 is best for runs side by side
@@ -1269,7 +1269,7 @@ def main(words=None):
         return 0
     except UsageError as e:
         if run_dir and not (run_dir / "checkpoint.pt").exists():
-            shutil.rmtree(run_dir)  # nothing is left of a run that could not begin
+            shutil.rmtree(run_dir)  # a run that could not begin leaves nothing behind
         print(f"error: {e}", file=sys.stderr)
         return 2
     except FloatingPointError as e:

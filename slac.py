@@ -105,12 +105,12 @@ class Args:
     evaluate: str = ""  # play and film the trained agent of the run in this folder
     video: bool = True  # film the first episode of every evaluation
     track: bool = False  # also log to Weights & Biases
-    runs_dir: str = "runs"  # folder in which the run's folder is created
+    runs_dir: str = "runs"  # parent of the run's folder
     action_repeat: int = 0  # frames per step (0: the published value for the task)
     obs = "pixels"  # not a flag: this script sees nothing else
     image_size: int = 64  # width and height of an image [pixels]
     render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # number type; bf16: GPU or AVX512_BF16 CPU
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16 on a CPU needs AVX512_BF16 or AMX
     cuda_graph: bool = True  # on CUDA, launch an update or an action as one graph
     compile: bool = True  # with CUDA graphs, fuse small kernels; the run starts a minute later
     threads: int = 0  # CPU threads (0: PyTorch's choice); 1 is best for runs side by side
@@ -586,7 +586,7 @@ class Agent(nn.Module):
         minimize(sum(model_losses.values()), optimizers["model"])  # D2
         metrics = model_losses | {"stat/reward_std": reward_std}
 
-        if "sac" in batch:  # the cadence has decided this, in sample()
+        if "sac" in batch:  # sample() decides this by the cadence
             sac = batch["sac"]
             kinds = {args.actor_input, args.critic_input}
             with torch.no_grad():  # neither the critic nor the actor trains the model
@@ -1391,7 +1391,7 @@ def main(words=None):
         return 0
     except UsageError as e:
         if run_dir and not (run_dir / "checkpoint.pt").exists():
-            shutil.rmtree(run_dir)  # nothing is left of a run that could not begin
+            shutil.rmtree(run_dir)  # a run that could not begin leaves nothing behind
         print(f"error: {e}", file=sys.stderr)
         return 2
     except FloatingPointError as e:
