@@ -161,7 +161,8 @@ def commands(study):
 
 if __name__ == "__main__":
     if {"-h", "--help"} & set(sys.argv):
-        sys.exit(print(__doc__))
+        print(__doc__)
+        sys.exit()
     if sys.argv[1:] and sys.argv[1] not in STUDIES:
         sys.exit(f"error: no study {sys.argv[1]}, but {', '.join(STUDIES)}")
     for line in commands(sys.argv[1]).items() if sys.argv[1:] else STUDIES:

@@ -221,7 +221,11 @@ def test_the_environment_steps_while_a_gpu_makes_the_updates(name, monkeypatch, 
     module, order = importlib.import_module(name), []
 
     def logged(function, word):
-        return lambda *x, **kwargs: (order.append(word), function(*x, **kwargs))[1]
+        def call(*inputs, **options):
+            order.append(word)
+            return function(*inputs, **options)
+
+        return call
 
     def to_host(tensor):
         order.append("copy")
