@@ -169,7 +169,7 @@ class Args:
 
 
 SMOKE = {
-    "env_id": "cheetah-run", "action_repeat": 4, "total_frames": 40_000, "image_size": 32,
+    "env_id": "cheetah-run", "action_repeat": 4, "total_frames": 30_000, "image_size": 32,
     "render": "fast", "updates_per_step": 0.5, "batch_size": 12, "sequence_length": 12,
     "decoder_kernels": (5, 6, 6), "depth": 8, "categoricals": 8, "classes": 8, "deter_dim": 64,
     "hidden_dim": 64, "head_dim": 64, "head_layers": 2, "horizon": 8, "gamma": 0.98,

@@ -181,12 +181,12 @@ PUBLISHED = {  # in the code, what None stands for; other families are as cheeta
 }
 SMOKE = {
     "env_id": "pendulum-goal2", "obs_mode": "critic", "image_size": 32, "render": "fast",
-    "total_frames": 44_200, "initial_steps": 100, "tasks_per_iteration": 2, "prior_steps": 50,
+    "total_frames": 33_000, "initial_steps": 100, "tasks_per_iteration": 2, "prior_steps": 50,
     "posterior_steps": 50, "extra_steps": 0, "updates_per_iteration": 50, "meta_batch": 4,
     "batch_size": 16, "context_size": 16, "latent_dim": 2, "hidden_dim": 128, "context_dim": 128,
     "filters": 16, "conv_strides": (2, 2, 1), "feature_dim": 32, "lr": 2e-3, "cnn_lr": 1e-3,
     "gamma": 0.9, "tau": 0.01, "kl_lambda": 0.005, "context_trajectories": 2,
-    "eval_every_frames": 11_050, "compile": False, "eval_episodes": 40,
+    "eval_every_frames": 11_000, "compile": False, "eval_episodes": 40,
 }  # fmt: skip
 MAY_BE_ZERO = ["cnn_pretrain_updates", "decoder_weight_decay", "extra_steps", "gamma", "kl_lambda"]
 MAY_BE_ZERO += ["latent_weight", "posterior_steps", "prior_steps", "rl_weight", "seed", "task_seed"]

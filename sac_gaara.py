@@ -171,7 +171,7 @@ class Args:
 
 
 SMOKE = {
-    "env_id": "finger-spin", "total_frames": 64_000, "image_size": 48, "crop_size": 40,
+    "env_id": "finger-spin", "total_frames": 48_000, "image_size": 48, "crop_size": 40,
     "render": "fast", "warmup_steps": 2000, "pretrain_updates": 500, "updates_per_step": 0.5,
     "batch_size": 32, "filters": 16, "conv_strides": (2, 2, 1), "hidden_dim": 256, "gamma": 0.95,
     "critic_tau": 0.02, "alpha_lr": 1e-3, "actor_every_updates": 1, "target_every_updates": 1,

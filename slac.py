@@ -159,13 +159,13 @@ ACTION_REPEAT = {  # the paper's; 2 for any other task
     "reacher-easy": 4, "walker-walk": 2,
 }  # fmt: skip
 SMOKE = {
-    "env_id": "finger-spin", "action_repeat": 4, "total_frames": 36_000, "image_size": 32,
+    "env_id": "finger-spin", "action_repeat": 4, "total_frames": 24_000, "image_size": 32,
     "render": "fast", "warmup_steps": 1000, "pretrain_updates": 300, "model_batch_size": 16,
     "sac_batch_size": 32, "actions": 4, "channels": (16, 16, 32, 32), "feature_dim": 64,
     "z1_dim": 16, "z2_dim": 64, "hidden_dim": 128, "decoder_variance": 0.04,
     "reward_std_floor": 0.05, "model_lr": 1e-3, "critic_lr": 1e-3, "actor_lr": 1e-3,
     "alpha_lr": 1e-3, "init_temperature": 0.1, "gamma": 0.95, "critic_tau": 0.02,
-    "eval_every_frames": 12_000, "compile": False,
+    "eval_every_frames": 8000, "compile": False,
 }  # fmt: skip
 MAY_BE_ZERO = ["gamma", "pretrain_updates", "seed"]
 AT_MOST_ONE = ["critic_tau", "gamma"]

@@ -1,14 +1,12 @@
 """The smoke runs learn: much better than random, from pixels, within minutes. SMOKE_SEEDS="1 2 3"
-chooses the seeds (CI takes one), SMOKE_THREADS how many cores a run has."""
+chooses the seeds, SMOKE_THREADS how many cores a run has."""
 
-import csv
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-from conftest import ROOT, SCRIPTS, run, summary
+from conftest import ROOT, SCRIPTS, metrics, run, summary
 
 pytestmark = pytest.mark.slow
 
@@ -21,20 +19,13 @@ def test_smoke_run_learns(name, seed, tmp_path):
     threads = os.environ.get("SMOKE_THREADS", str(os.cpu_count()))
     env = {**os.environ, "OMP_NUM_THREADS": threads}
     numbers = summary(run(name, f"--smoke --seed {seed} --runs-dir {tmp_path}", env=env))
-    with open(Path(numbers["run_dir"], "metrics.csv"), newline="") as file:
-        spread = float(list(csv.DictReader(file))[-1].get("eval/return_std", "nan"))
-    random_return, trained, seconds = (
-        numbers[k] for k in ("random_return", "eval_return", "wall_s")
-    )
-    print(
-        f"{name} seed {seed}: random {random_return:.1f}, trained {trained:.1f} +- {spread:.1f}, "
-        f"{seconds:.0f} s"
-    )
-    if name == "pearl_pixels":  # context helps, by 3 standard errors of the gain
+    print({key: numbers[key] for key in ("script", "random_return", "eval_return", "wall_s")})
+    if name == "pearl_pixels":
         gain, error = numbers["gain"]
         assert gain > 3 * error and gain > 4
         return
-    error = spread / 9**0.5  # of the mean of ten, from their population standard deviation
+    random_return, trained = numbers["random_return"], numbers["eval_return"]
+    error = float(metrics(numbers["run_dir"])[-1]["eval/return_std"]) / 9**0.5  # of ten episodes
     assert trained >= 1.5 * random_return + 10 and trained - 3 * error > random_return
 
 
@@ -55,19 +46,13 @@ def test_states_adapt_to_a_direction(tmp_path, seed):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_the_speed_benchmark_runs(name, tmp_path):
-    """All quantities of a script, with the machine, on the screen and in a CSV."""
+def test_the_speed_benchmark_runs(name):
+    """A number of each kind on the screen."""
     words = [sys.executable, ROOT / "benchmark" / "speed.py", "--scripts", name, "--rounds", "1"]
-    process = subprocess.run(
-        [*words, "--csv", tmp_path / "speed.csv"], capture_output=True, text=True, timeout=900
-    )
-    assert process.returncode == 0, process.stderr
-    table = [line for line in process.stdout.splitlines() if line.startswith("|")]
-    heads, _, row = ([cell.strip() for cell in line.strip("|").split("|")] for line in table)
-    shown = dict(zip(heads, row, strict=True))
-    with open(tmp_path / "speed.csv", newline="") as file:
-        cells = {cell["quantity"]: cell for cell in csv.DictReader(file)}
-    assert row[0] == name and all("cores" in cell["hardware"] for cell in cells.values())
+    table = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    heads, _, row = (line.split("|") for line in table.splitlines() if line.startswith("|"))
+    shown = {
+        head.strip(): cell.strip().replace(",", "") for head, cell in zip(heads, row, strict=True)
+    }
     for head in ("updates/s", "frames/s, images too", "steps/s, end to end", "peak GiB"):
-        value = float(cells[head]["value"])
-        assert value > 0 and float(shown[head].replace(",", "")) == pytest.approx(value, abs=0.51)
+        assert float(shown[head]) > 0
