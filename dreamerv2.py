@@ -174,7 +174,7 @@ SMOKE = {
     "decoder_kernels": (5, 6, 6), "depth": 8, "categoricals": 8, "classes": 8, "deter_dim": 64,
     "hidden_dim": 64, "head_dim": 64, "head_layers": 2, "horizon": 8, "gamma": 0.98,
     "entropy_weight": 3e-3, "model_lr": 1e-3, "actor_lr": 3e-4, "critic_lr": 4e-4,
-    "eval_every_frames": 10_000, "compile": False,
+    "eval_every_frames": 5000, "compile": False,
 }  # fmt: skip
 MAY_BE_ZERO = ["catch_up_updates", "entropy_weight", "free_nats", "gamma", "infonce_weight"]
 MAY_BE_ZERO += ["kl_balance", "kl_scale", "mask_ratio", "pretrain_updates", "return_lambda", "seed"]

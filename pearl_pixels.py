@@ -186,7 +186,7 @@ SMOKE = {
     "batch_size": 16, "context_size": 16, "latent_dim": 2, "hidden_dim": 128, "context_dim": 128,
     "filters": 16, "conv_strides": (2, 2, 1), "feature_dim": 32, "lr": 2e-3, "cnn_lr": 1e-3,
     "gamma": 0.9, "tau": 0.01, "kl_lambda": 0.005, "context_trajectories": 2,
-    "eval_every_frames": 11_000, "compile": False, "eval_episodes": 40,
+    "eval_every_frames": 5500, "compile": False, "eval_episodes": 40,
 }  # fmt: skip
 MAY_BE_ZERO = ["cnn_pretrain_updates", "decoder_weight_decay", "extra_steps", "gamma", "kl_lambda"]
 MAY_BE_ZERO += ["latent_weight", "posterior_steps", "prior_steps", "rl_weight", "seed", "task_seed"]

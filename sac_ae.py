@@ -154,7 +154,7 @@ SMOKE = {
     "render": "fast", "warmup_steps": 2000, "pretrain_updates": 500, "updates_per_step": 0.5,
     "batch_size": 32, "filters": 16, "conv_strides": (2, 2, 1), "hidden_dim": 256, "gamma": 0.95,
     "critic_tau": 0.02, "alpha_lr": 1e-3, "actor_every_updates": 1, "target_every_updates": 1,
-    "eval_every_frames": 16_000, "compile": False,
+    "eval_every_frames": 8000, "compile": False,
 }  # fmt: skip
 MAY_BE_ZERO = ["alpha_beta1", "decoder_weight_decay", "gamma", "kl_weight", "latent_weight"]
 MAY_BE_ZERO += ["pretrain_updates", "seed"]

@@ -165,7 +165,7 @@ SMOKE = {
     "z1_dim": 16, "z2_dim": 64, "hidden_dim": 128, "decoder_variance": 0.04,
     "reward_std_floor": 0.05, "model_lr": 1e-3, "critic_lr": 1e-3, "actor_lr": 1e-3,
     "alpha_lr": 1e-3, "init_temperature": 0.1, "gamma": 0.95, "critic_tau": 0.02,
-    "eval_every_frames": 8000, "compile": False,
+    "eval_every_frames": 4000, "compile": False,
 }  # fmt: skip
 MAY_BE_ZERO = ["gamma", "pretrain_updates", "seed"]
 AT_MOST_ONE = ["critic_tau", "gamma"]

@@ -319,12 +319,14 @@ def panels(tasks):
     return figure, axes
 
 
-def draw(curves, path):
-    """One panel per task."""
-    tasks = list(dict.fromkeys(c.env_id for c in curves))
-    figure, axes = panels(tasks)
-    for axis, task in zip(axes, tasks, strict=True):
-        here = [c for c in curves if c.env_id == task]
+def draw(curves, path, per_script=False):
+    """One panel per task, or per script and task."""
+    groups = {}
+    for c in curves:
+        title = f"{c.label.split()[0]}, {c.env_id}" if per_script else c.env_id
+        groups.setdefault(title, []).append(c)
+    figure, axes = panels(groups)
+    for axis, here in zip(axes, groups.values(), strict=True):
         for c, colour in zip(here, itertools.cycle(COLOURS)):
             drawn = c.table()
             for seed in c.rows:
@@ -342,7 +344,7 @@ def draw(curves, path):
                 axis.fill_between(x, *interval(y.T), color=colour, alpha=0.15, lw=0)
             else:
                 axis.plot([], [], color=colour, lw=2.5, label=textwrap.fill(label, 38))
-            reference = published(c.published, task)
+            reference = published(c.published, c.env_id)
             if reference:
                 end = max([c.points(s)[0][-1] for s in c.rows if c.points(s).size], default=np.inf)
                 keep = reference[0] <= 1.05 * end
@@ -411,12 +413,12 @@ def adaptation(curves, path):
     return True
 
 
-def report(curves):
-    """The text of report.md."""
+def report(curves, per_script=False):
+    """The text of report.md. Scripts whose sizes differ are not compared."""
     parts = [summary_table(curves)]
     for title, text in (
         ("All tasks together", over_tasks(curves)),
-        ("Comparisons", comparisons(curves)),
+        ("Comparisons", "" if per_script else comparisons(curves)),
     ):
         parts += [f"**{title}**", text] if text else []
     return "\n\n".join(parts) + "\n"
@@ -429,6 +431,9 @@ def main():
     parser.add_argument("folders", nargs="+", type=Path)
     parser.add_argument("--out", type=Path, help="where the report goes (the first folder)")
     parser.add_argument("--published", metavar="NAME", help="a curve of published/, beside all")
+    parser.add_argument(
+        "--per-script", action="store_true", help="a panel each, as where their sizes differ"
+    )
     args = parser.parse_args()
     curves, out = load(args.folders), args.out or args.folders[0]
     if args.published:
@@ -439,9 +444,9 @@ def main():
     if not curves:
         sys.exit(f"error: no meta.json and no run folders in {', '.join(map(str, args.folders))}")
     out.mkdir(parents=True, exist_ok=True)
-    draw(curves, out / "curves.png")
+    draw(curves, out / "curves.png", args.per_script)
     extra = "\n![Adaptation](adaptation.png)\n" * adaptation(curves, out / "adaptation.png")
-    text = report(curves)
+    text = report(curves, args.per_script)
     (out / "report.md").write_text(f"![Learning curves](curves.png)\n{extra}\n{text}")
     print(text)
 
