@@ -2,6 +2,8 @@
 
     python benchmark/docs.py            mends the pages and draws the metrics of the smoke runs
     python benchmark/docs.py --check    changes nothing; exit status 1 if a page is stale
+    python benchmark/docs.py --runs DIR    takes films and pictures of seed 1 from the smoke runs
+                                           that benchmark/run.py left in DIR
 
 The pages are README.md, benchmark/README.md and benchmark/notes/*.md. From `<!-- docs.py NAME -->`
 to the next empty line stands what the function NAME here returns; links in it begin with a slash,
@@ -16,6 +18,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -53,6 +56,12 @@ EQUAL = {  # file in results/equal: (script, the other's repository and commit)
     "dreamerv2": ("dreamerv2", "danijar/dreamerv2", "07d906e"),
     "dreamer-torch": ("dreamerv2", "jsikyoon/dreamer-torch", "7c2331a"),
     "oyster": ("pearl_pixels", "katerakelly/oyster", "44e20fd"),
+}
+ROWS = {  # of the pictures that the scripts leave
+    "sac_ae": ["image", "reconstruction"],
+    "sac_gaara": ["anchor", "positive", "reconstruction\nof the anchor"],
+    "slac": ["truth", "posterior", "prior after\nthe first image", "prior"],
+    "dreamerv2": ["truth", "model, sees\nfive images", "difference"],
 }
 CHEETAH = 6, 17  # actions and numbers of the state of the default tasks
 
@@ -383,12 +392,48 @@ def draw(path):
     figure.savefig(path)
 
 
+def label(strip, rows, path):
+    """Draws a strip of images with the names of its rows; where it is a sequence, with the time."""
+    from matplotlib.figure import Figure
+
+    height, width = strip.shape[:2]
+    side = height // len(rows)
+    figure = Figure((8, 0.3 + 7 * height / width), layout="constrained", dpi=90)
+    axis = figure.add_subplot()
+    axis.imshow(strip, interpolation="nearest")
+    axis.set_yticks([side * (i + 0.5) for i in range(len(rows))], rows, fontsize=9)
+    axis.set_xticks([side * (i + 0.5) for i in range(width // side)], range(1, width // side + 1))
+    axis.set_xlabel("time [steps]" if "truth" in rows else "sample", fontsize=9)
+    axis.tick_params(length=0, labelsize=9)
+    figure.savefig(path)
+
+
+def take(folder):
+    """Copies the last film, and labels the last picture, of each script's seed 1 in `folder`."""
+    import imageio.v3 as imageio
+    import numpy as np
+
+    for name in SCRIPTS:
+        (run_dir,) = folder.glob(f"{name}__*/seed1/*__1__*")
+        shutil.copy(sorted((run_dir / "videos").iterdir())[-1], RESULTS / "smoke" / f"{name}.gif")
+        pictures = [imageio.imread(path) for path in sorted((run_dir / "images").iterdir())]
+        path = RESULTS / "smoke" / f"{name}.png"
+        if name in ROWS:
+            label(pictures[-1], ROWS[name], path)
+        else:  # PEARL's z, early, in the middle and at the end
+            chosen = [pictures[i] for i in (0, len(pictures) // 2, -1)]
+            imageio.imwrite(path, np.concatenate(chosen, 1))
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--check", action="store_true", help="change nothing")
+    parser.add_argument("--runs", type=Path, metavar="DIR", help="of the smoke runs")
     args = parser.parse_args()
+    if args.runs:
+        take(args.runs)
     stale = []
     for path in PAGES:
         text = mended(path)

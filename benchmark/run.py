@@ -48,6 +48,7 @@ ALL_SCRIPTS = sorted(path.stem for path in ROOT.glob("*.py"))  # your own, too
 SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1  # stop a run
 STOPPED = [status for number in SIGNALS for status in (128 + number, -number)]
 EVERY_S = 30.0  # how often the table is made anew [s]
+RUN_GIB = 2.8  # what the largest full-size run takes (the README's table) [GiB]
 # Flags that do not change the method, so that the published curve stays beside a run with them.
 NOT_THE_METHOD = {"seed", "runs_dir", "device", "track", "video", "delete_replay", "cuda_graph",
                   "compile", "threads", "replay_device", "total_frames", "eval_every_frames",
@@ -407,6 +408,11 @@ def main():
     share = int(1 / args.gpus_per_run) if args.gpus_per_run else 0
     if share and args.engine == "local" and args.workers > share * len(gpus()):
         parser.error(f"{len(gpus())} GPUs here have room for {share * len(gpus())} --workers")
+    if args.engine == "local" and hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30  # [GiB]
+        if args.workers * RUN_GIB > memory:
+            print(f"warning: {args.workers} full-size runs at once may need "
+                  f"{args.workers * RUN_GIB:.0f} GiB of memory; here are {memory:.0f}")  # fmt: skip
     try:
         Path(args.out).mkdir(parents=True, exist_ok=True)
         (Path(args.out) / "lock").touch()
