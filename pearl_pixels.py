@@ -184,7 +184,7 @@ SMOKE = {
     "total_frames": 33_000, "initial_steps": 100, "tasks_per_iteration": 2, "prior_steps": 50,
     "posterior_steps": 50, "extra_steps": 0, "updates_per_iteration": 50, "meta_batch": 4,
     "batch_size": 16, "context_size": 16, "latent_dim": 2, "hidden_dim": 128, "context_dim": 128,
-    "filters": 16, "conv_strides": (2, 2, 1), "feature_dim": 32, "lr": 2e-3, "cnn_lr": 1e-3,
+    "filters": 16, "conv_strides": (2, 2, 1), "feature_dim": 32, "lr": 1e-3, "cnn_lr": 1e-3,
     "gamma": 0.9, "tau": 0.01, "kl_lambda": 0.005, "context_trajectories": 2,
     "eval_every_frames": 5500, "compile": False, "eval_episodes": 40,
 }  # fmt: skip

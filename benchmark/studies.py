@@ -27,6 +27,7 @@ CURVES = {"sac_ae": "SAC+AE", "sac_gaara": "SAC+GAARA (anneal to 0.5)",
 LENGTH = "--total-frames 1_440_000"  # of the report's runs
 BASELINE = "--contrast none --image-size 84 --replay-capacity 100000"  # its SAC+AE
 FINAL, REPORT = "SAC+GAARA (anneal to 0.5)", "SAC+AE (GAARA report baseline)"
+LECTURE = "--smoke --threads 1"  # minutes per run on one core
 DREAMER = "--total-frames 250000"
 # What Bednarz's study puts together, and DreamerV2 can do without. The sizes are the studies' own
 # where they have one; how far resets are apart and the weights of the losses are ours.
@@ -73,6 +74,13 @@ STUDIES = {
            for beta, weight in ((0.01, "3.15e-7"), (0.1, "3.15e-6"), (1, "3.15e-5"))},
         "actor gradient": "--reconstruction vae --latent-weight 0 --actor-trains-encoder",
     }),
+    "lecture-sac-ae": each("sac_ae", "finger-spin", {
+        "SAC+AE": "", "no reconstruction": "--reconstruction none",
+        "SAC+VAE": "--reconstruction vae --kl-weight 1.39e-5 --latent-weight 0",  # beta 0.1
+        "alternating, every 100": "--freeze-encoder --decoder-every-updates 100",
+        "random encoder": "--freeze-encoder --reconstruction none",
+        "SAC from states": "--obs state --reconstruction none --frame-stack 1",
+    }, LECTURE),
     "gaara-figure-3": gaara("cheetah-run", {
         "SAC+AE": (BASELINE, REPORT), "annealed to 0.5": ("", FINAL),
         "annealed to 0.2": ("--contrast-floor 0.2", "SAC+GAARA (anneal to 0.2)"),
