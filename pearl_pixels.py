@@ -1439,7 +1439,6 @@ def train(args, run_dir, stop, payload=None):
 
 
 # ---- main --------------------------------------------------------------------------------------
-
 MAY_CHANGE = {  # flags that may be given with --resume or --evaluate
     "resume": {"resume", "total_frames", "device", "video", "track", "precision", "cuda_graph",
                "compile", "replay_device", "delete_replay", "eval_every_frames", "eval_episodes",
