@@ -12,7 +12,7 @@ EXERCISES = {  # number: (text, what stands there instead, the test that fails w
         "test_sac_ae.py::test_update_is_the_five_losses_one_after_the_other"),
     2: ("moved_by_actor = self.encoder.convs.parameters() if args.actor_trains_encoder else []",
         "moved_by_actor = self.encoder.convs.parameters() if args.actor_lr else []",
-        "test_sac_ae.py::test_who_trains_what[default-actor]"),
+        "test_sac_ae.py::test_update_is_the_five_losses_one_after_the_other"),
     3: ("last - same_episode_tail + 1  # one episode", "last  # one episode",
         "test_buffer.py::test_draws_are_uniform_over_exactly_the_valid_rows[8-8-1000]"),
     4: ("kl = balance * to_prior.clamp(min=free) + (1 - balance) * to_post.clamp(min=free)",

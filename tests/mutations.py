@@ -28,7 +28,7 @@ BUGS = [  # test files, what stands there, the bug
     (SAC, "penalty = 0.5 * z.square()", "penalty = z.square()"),
     (SAC, "(images // 8 + torch", "(images // 16 + torch"),
     (f"{SAC} pearl_pixels", "log_prob - torch.log(F", "log_prob + torch.log(F"),
-    (f"{SAC} slac pearl_pixels", "noise.square() - log_std -", "noise.square() + log_std -"),
+    (f"{SAC} pearl_pixels", "noise.square() - log_std -", "noise.square() + log_std -"),
     (SAC, "-10 + 6 * (torch", "-10 + 5 * (torch"),
     ("sac_gaara", "z_a @ self.similarity @ z_p.T", "z_a @ z_p.T"),
     ("sac_gaara", "cross_entropy(logits, torch", "cross_entropy(logits.T, torch"),
@@ -75,7 +75,7 @@ BUGS = [  # test files, what stands there, the bug
     ("sac_ae", "torch.cat(images, 1)  #", "torch.cat(images[::-1], 1)  #"),
     ("dreamerv2", 'batch["is_first"][:, 0] = True', "pass"),
     # seams between episodes, and the environment
-    ("buffer env", "self.row if step.first else", "self.row if not self.row else"),
+    ("buffer", "self.row if step.first else", "self.row if not self.row else"),
     ("env", "sum(time_step.reward for time_step in time_steps)", "time_steps[-1].reward"),
     ("env", "and not time_steps[-1].last()", ""),
     # resume
