@@ -143,7 +143,8 @@ def noise_step(module, spec, rng, first):
     if len(spec.obs_shape) == 1:
         obs = state
     action = np.float32((not first) * rng.uniform(-1, 1, spec.action_dim))
-    return module.Step(obs, state, action, rng.random(), 1.0, first, False, 2)
+    discount = float(first or rng.random() < 0.9)
+    return module.Step(obs, state, action, rng.random(), discount, first, False, 2)
 
 
 def tiny_agent(name, flags="", device="cpu", like=None):

@@ -280,6 +280,11 @@ def test_resets(kind, parts):
         for optimizer in agent.optimizers.values():
             if p in optimizer.state:
                 assert any(moment.any() for moment in optimizer.state[p].values()) != touched
+    step = noise_step(script, agent.spec, rng, False)
+    stale = {"z": torch.ones(1, 12), "h": torch.ones(1, 8), "reset_count": agent.reset_count - 1}
+    agent.rssm.noise = lambda *shape: torch.full((*shape, 3, 4), 0.5)
+    states = [agent.act(step, carry)[1]["h"] for carry in (stale, None)]
+    assert torch.equal(*states)  # after a reset acting begins with a state of zeros (D7)
     for agent.updates in range(20):
         assert agent.cadence().reset == (agent.updates in (5, 12, 19))
     assert [script.updates_due(agent.args, 60 + n) for n in (0, 4, 5)] == [14, 18, 21]

@@ -8,6 +8,7 @@ gymnasium = pytest.importorskip("gymnasium")
 NAMES = {"half_cheetah": "HalfCheetah", "walker2d": "Walker2d", "hopper": "Hopper", "ant": "Ant"}
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("name", NAMES)
 def test_rewards_terminations_and_positions_are_gymnasiums(name):
     """For 1000 random steps from equal states; after a termination, from another equal state."""

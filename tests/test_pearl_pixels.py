@@ -249,6 +249,37 @@ def test_families_are_what_they_say_and_nothing_shows_theta(env_id):
 
 
 @pytest.mark.deep
+def test_the_oracle_knows_the_task_and_design_1_acts_by_the_true_state_in_training():
+    """--oracle: z is theta, without noise. Design 1: another CNN changes no action."""
+    agent = tiny_agent("pearl_pixels", "--oracle")[1]
+    assert_close(agent.prior(0.7), (torch.tensor([[0.7, 0.0]]), torch.zeros(1, 2)))
+    assert_close(tiny_agent("pearl_pixels")[1].prior(0.7), (torch.zeros(1, 2), torch.ones(1, 2)))
+    _, agent, buffer, rng = tiny_agent("pearl_pixels", "--obs-mode cnn-test")
+    step = noise_step(script, agent.spec, rng, True)
+    for true_state in (True, False):
+        actions = []
+        for scale in (1.0, 2.0):
+            agent.cnn[0].weight.data *= scale
+            carry = {"z": torch.zeros(1, 2), "true_state": true_state}
+            actions.append(agent.act(step, carry, explore=False)[0])
+        assert torch.equal(*actions) == true_state
+
+
+@pytest.mark.deep
+def test_score_has_bootstrap_intervals_and_the_gain_of_two_trajectories():
+    """Intervals are 1.96 standard errors of normal returns. The gain's error is over tasks, as the
+    same episode again tells nothing new; of two tasks, which are all there are, over episodes."""
+    returns = np.random.default_rng(0).normal(3.0, 1.0, (400, 1, 3)) + np.array([0.0, 0.0, 5.0])
+    mean, low, high = np.transpose(script.score(returns)["return_by_context"])
+    np.testing.assert_allclose(mean, returns.mean((0, 1)))
+    np.testing.assert_allclose(high - low, 2 * 1.96 / 20, rtol=0.2)
+    gains = returns[:20, 0, 2] - returns[:20, 0, 0]
+    expected = [gains.mean(), gains.std(ddof=1) / 20**0.5]
+    for some in (returns[:20].reshape(2, 10, 3), np.repeat(returns[:20], 50, 1)):
+        assert script.score(some)["gain"] == pytest.approx(expected)
+
+
+@pytest.mark.deep
 def test_acting_sees_the_stacks_of_training():
     """The images before a step, and the first one again where there are none."""
     _, agent, buffer, rng = tiny_agent("pearl_pixels")

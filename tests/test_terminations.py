@@ -11,6 +11,7 @@ from conftest import tiny_agent
 def fallen(name, flags):
     """An agent, and a batch from episodes that ended for good, with white images at last."""
     _, agent, buffer, rng = tiny_agent(name, flags)
+    buffer.columns["discount"].fill_(1.0)
     buffer.columns["discount"][39::40] = 0.0
     buffer.columns["obs"][39::40] = 255
     return agent, agent.sample(buffer, rng)
