@@ -17,13 +17,11 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["sac_ae", "sac_gaara", "slac", "dreamerv2", "pearl_pixels"]
 SUITE = SCRIPTS[:4]  # play one task; PEARL has a loop of its own
-DEEP = [pytest.param(name, marks=pytest.mark.deep) for name in SUITE[1:]]
-LOOPS = ["sac_ae", "pearl_pixels", *DEEP]  # one script per loop by default; the loop is shared
+LOOPS = ["sac_ae", "pearl_pixels"]  # four scripts share one training loop
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks: more threads only wait
 if sys.platform == "linux":
@@ -83,12 +81,6 @@ def pytest_collection_modifyitems(config, items):
         kept = [item for item in items if not {"deep", "slow"} & set(item.keywords)]
         config.hook.pytest_deselected(items=[item for item in items if item not in set(kept)])
         items[:] = kept
-
-
-@pytest.fixture(params=SUITE)
-def script(request):
-    """The module of every script in turn, but for PEARL, whose tests are its own."""
-    return importlib.import_module(request.param)
 
 
 def command(name, flags):

@@ -47,15 +47,3 @@ def without_bounds(random):
     env = Altered(random)
     env.action_spec = lambda: specs.Array((1,), float)
     return env
-
-
-def without_last_observation(random):
-    env = Altered(random)
-    step = env.env.step
-
-    def blind_at_the_end(action):
-        time_step = step(action)
-        return time_step._replace(observation=None) if time_step.last() else time_step
-
-    env.step = blind_at_the_end
-    return env
