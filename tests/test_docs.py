@@ -64,6 +64,7 @@ def test_every_command_of_a_script_parses_and_every_study_exists(path):
         tyro.cli(importlib.import_module(script).Args, args=shlex.split(flags))
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_flags_metrics_and_differences_of_a_script_and_its_page_agree(name):
     """Flags with values parse; the code names no other differences than the docstring."""

@@ -57,6 +57,7 @@ def test_frames_are_counted_as_simulated(repeat, steps, last):
     assert episode[-1].discount == 1  # a time limit is no end of the task
 
 
+@pytest.mark.deep
 def test_an_own_environment_may_end_for_good():
     """The discount is 0 then, at whichever of the repeated frames it ends."""
     env = make("tests/own_tasks.py:falling", pixels=False)

@@ -1,7 +1,6 @@
 """Whole tiny runs: what they leave, and that a run which was killed or stopped goes on exactly."""
 
 import functools
-import importlib
 import signal
 import subprocess
 import tempfile
@@ -172,7 +171,8 @@ def test_a_finished_run_can_be_made_longer(name, capsys, tmp_path):
 @pytest.mark.deep
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_load_agent_gives_the_trained_agent(name):
-    module = importlib.import_module(name)
-    agent = module.load_agent(undisturbed(name))
+    import importlib
+
+    agent = importlib.import_module(name).load_agent(undisturbed(name))
     payload = torch.load(undisturbed(name) / "checkpoint.pt", weights_only=True)
     torch.testing.assert_close(agent.state_dict(), payload["agent"], rtol=0, atol=0)
