@@ -251,7 +251,7 @@ def published(file, *frames):
 
 
 def smoke():
-    """What the smoke runs of seeds 1, 2, 3 reached."""
+    """What the smoke runs reached; seeds 1, 2, 3 and so on."""
     heads = ["script", "task", "frames", "random policy (PEARL: no context)", "return", "minutes"]
     rows = [heads]
     for name in SCRIPTS:
