@@ -59,7 +59,7 @@ BUGS = [  # test files, what stands there, the bug
     ("pearl_pixels", "x_for_q = x.detach()  # only", "x_for_q = x  # only"),
     ("pearl_pixels", "x.detach() + args.rl_weight * (x - x.detach())", "1.0 * x"),
     # cadence
-    (f"{SAC} run", "self.args.pretrain_updates + 1\n", "self.args.pretrain_updates\n"),
+    (SAC, "self.args.pretrain_updates + 1\n", "self.args.pretrain_updates\n"),
     (SAC, "since <= 0 or since % every", "since % every"),
     ("slac", "self.updates >= self.args.pretrain", "self.updates > self.args.pretrain"),
     ("dreamerv2", "(args.behavior_every_updates * args.target", "(args.target"),

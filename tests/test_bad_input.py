@@ -73,6 +73,7 @@ def test_a_resumed_run_refuses_other_arguments_by_name(capsys):
         assert_refused("sac_ae", flags, flag, "the run has", capsys)
 
 
+@pytest.mark.deep
 def test_two_processes_cannot_run_in_one_folder(capsys):
     run_dir = undisturbed("sac_ae")
     with FileLock(run_dir / "lock"):
