@@ -18,7 +18,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -409,19 +408,24 @@ def label(strip, rows, path):
 
 
 def take(folder):
-    """Copies the last film, and labels the last picture, of each script's seed 1 in `folder`."""
+    """Takes the last film, shortened, and the last picture, labelled, of each script's seed 1."""
     import imageio.v3 as imageio
     import numpy as np
+    from PIL import Image
 
     for name in SCRIPTS:
         (run_dir,) = folder.glob(f"{name}__*/seed1/*__1__*")
-        shutil.copy(sorted((run_dir / "videos").iterdir())[-1], RESULTS / "smoke" / f"{name}.gif")
+        film = imageio.imread(sorted((run_dir / "videos").iterdir())[-1])[:60]
+        film = [np.asarray(Image.fromarray(image).resize((160, 160))) for image in film]
+        imageio.imwrite(RESULTS / "smoke" / f"{name}.gif", film, duration=80, loop=0)
         pictures = [imageio.imread(path) for path in sorted((run_dir / "images").iterdir())]
         path = RESULTS / "smoke" / f"{name}.png"
         if name in ROWS:
             label(pictures[-1], ROWS[name], path)
         else:  # PEARL's z, early, in the middle and at the end
             chosen = [pictures[i] for i in (0, len(pictures) // 2, -1)]
+            border = (5, 5), (5, 5), (0, 0)
+            chosen = [np.pad(picture, border, constant_values=200) for picture in chosen]
             imageio.imwrite(path, np.concatenate(chosen, 1))
 
 
