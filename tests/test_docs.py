@@ -57,7 +57,11 @@ def test_every_relative_link_leads_somewhere(path):
 
 @page
 def test_every_command_of_a_script_parses_and_every_study_exists(path):
+    """And a tool's text has the flags that are given to it."""
     text = path.read_text().replace("\\\n", " ")
+    for tool, flags in re.findall(r"python ((?:benchmark|tests)/\w+\.py)([^`\n]*)", text):
+        own = re.findall(r" (--[a-z][\w-]+)", flags.partition(" -- ")[0])
+        assert [flag for flag in own if flag not in (ROOT / tool).read_text()] == [], tool
     named = re.findall(r"(?:--study|studies\.py) ([a-z][\w-]+)", text)
     assert set(named) <= studies.STUDIES.keys()
     for script, flags in re.findall(rf"python ({'|'.join(SCRIPTS)})\.py([^`\"\n&]*)", text):
