@@ -68,6 +68,7 @@ def test_shared_text_is_the_same_and_in_the_same_order(a, b):
             assert one[name] == two[name], name
 
 
+@pytest.mark.deep
 def test_fix_mends_shared_text_and_leaves_the_algorithm(monkeypatch):
     monkeypatch.setitem(TEXT, SLAC, TEXT[SLAC].replace("self", "this"))
     fixed = blocks(mended(SLAC, AE))
