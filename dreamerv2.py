@@ -123,7 +123,7 @@ class Args:
     replay_capacity: int = 2_000_000  # number of newest rows to sample from; one row per image
     replay_device: Literal["auto", "cpu"] = "auto"  # cpu: keep the rows out of GPU memory
     delete_replay: bool = False  # remove the replay buffer's files when the run has finished
-    warmup_steps: int = 1000  # random steps before training, in whole episodes (code 1000)
+    warmup_steps: int = 1000  # random steps first; the last episode is completed (code 1000)
     pretrain_updates: int = 100  # updates in one burst after the warm-up (code 100)
     updates_per_step: float = 0.2  # updates per step after that burst (code 0.2)
     batch_size: int = 16  # samples per batch (sequences; code 16, paper 50)
@@ -188,7 +188,7 @@ def algorithm_checks(args):
     kernels = len(args.decoder_kernels)
     warmup = 1000 * math.ceil(args.warmup_steps * args.action_repeat / 1000)  # in whole episodes
     capacity = max(1000, args.replay_capacity)  # less is refused later
-    most = min(500 // args.action_repeat, capacity // 4)  # half an episode, a quarter of the rows
+    most = min(500 // args.action_repeat, capacity // 4)  # half an episode; a quarter of the buffer
     length_is_wrong = not 2 <= args.sequence_length <= most
     five_ahead = args.spr_weight > 0 and args.sequence_length < 6
     idle = min(args.model_every_updates, args.behavior_every_updates) > 1  # at some updates
@@ -864,7 +864,7 @@ def load_task(env_id, random):
         if not all(np.isfinite(bound).all() for bound in bounds):
             raise UsageError("env_id", "the environment's actions have no bounds")
         return env
-    from dm_control import suite  # not at the top, so that check_args() sees a missing OpenGL first
+    from dm_control import suite  # imported here, after check_args() has looked for OpenGL
 
     tasks = ["-".join(task) for task in suite.ALL_TASKS]
     if env_id not in tasks:
@@ -982,7 +982,7 @@ class ReplayBuffer:
 
     def add(self, step):
         """Appends a Step."""
-        if self.row == self.rows:  # short episodes add more starts than expected
+        if self.row == self.rows:  # short episodes need more rows than planned
             self.grow(self.rows + self.rows // 4 + 1)
         values = step._asdict()
         values["start"] = self.row if step.first else self.files["start"][self.row - 1]
@@ -1014,7 +1014,7 @@ class ReplayBuffer:
 
 
 # ---- evaluation --------------------------------------------------------------------------------
-VIDEO_SIZE = 256  # side of a film's images [pixels]
+VIDEO_SIZE = 256  # width and height of a film [pixels]
 
 
 def evaluate(act, env, episodes, stop, film=False):
@@ -1120,7 +1120,7 @@ def save_checkpoint(run_dir, args, agent, buffer, progress):
     progress.metrics = finite(progress.metrics, progress.updates)
     finite({"the sum of all weights": weights}, progress.updates)
     for file in buffer.files.values():
-        file.flush()  # so that the rows outlast a failure of the machine, too
+        file.flush()  # the rows must survive a crash of the machine
     payload = {"args": vars(args), "spec": tuple(agent.spec), "progress": vars(progress)}
     payload["agent"] = agent.state_dict()
     payload["optimizers"] = {name: o.state_dict() for name, o in agent.optimizers.items()}

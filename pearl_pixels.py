@@ -689,7 +689,7 @@ class Agent(nn.Module):
         minimize(actor_loss, optimizers["actor"])  # [PEARL alg. 1:20]
         metrics |= {"loss/actor": actor_loss, "stat/entropy": -log_prob.mean()}
         if args.critic == "v":
-            # detached: what V is to be is a constant
+            # detached, as the target of V is a constant
             metrics["loss/v"] = self.v_loss(x, z, q.detach(), log_prob.detach())
             minimize(metrics["loss/v"], optimizers["v"])
         else:
@@ -906,7 +906,7 @@ class ReplayBuffer:
 
     def add(self, step):
         """Appends a Step."""
-        if self.row == self.rows:  # short episodes add more starts than expected
+        if self.row == self.rows:  # short episodes need more rows than planned
             self.grow(self.rows + self.rows // 4 + 1)
         values = step._asdict()
         values["start"] = self.row if step.first else self.files["start"][self.row - 1]
@@ -967,7 +967,7 @@ class TaskBuffer(ReplayBuffer):
 
 
 # ---- evaluation --------------------------------------------------------------------------------
-VIDEO_SIZE = 256  # side of a film's images [pixels]
+VIDEO_SIZE = 256  # width and height of a film [pixels]
 
 
 def play_trajectory(agent, env, rng, z, true_state, explore, film=False):
@@ -1145,7 +1145,7 @@ def save_checkpoint(run_dir, args, agent, buffer, progress):
     progress.metrics = finite(progress.metrics, progress.updates)
     finite({"the sum of all weights": weights}, progress.updates)
     for file in buffer.files.values():
-        file.flush()  # so that the rows outlast a failure of the machine, too
+        file.flush()  # the rows must survive a crash of the machine
     payload = {"args": vars(args), "spec": tuple(agent.spec), "progress": vars(progress)}
     payload["agent"] = agent.state_dict()
     payload["optimizers"] = {name: o.state_dict() for name, o in agent.optimizers.items()}

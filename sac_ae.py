@@ -107,7 +107,7 @@ class Args:
     replay_capacity: int = 1_000_000  # number of newest rows to sample from; one row per image
     replay_device: Literal["auto", "cpu"] = "auto"  # cpu: keep the rows out of GPU memory
     delete_replay: bool = False  # remove the replay buffer's files when the run has finished
-    warmup_steps: int = 1000  # random steps before training, in whole episodes (paper 1000)
+    warmup_steps: int = 1000  # random steps first; the last episode is completed (paper 1000)
     pretrain_updates: int = 1000  # updates in one burst after the warm-up (authors' code 1000)
     updates_per_step: float = 1.0  # updates per step after that burst (paper 1)
     batch_size: int = 128  # samples per batch (transitions; paper 128)
@@ -387,8 +387,8 @@ class Agent(nn.Module):
         self.target_encoder = copy.deepcopy(self.encoder).requires_grad_(False)
         self.target_critic = copy.deepcopy(self.critic).requires_grad_(False)
 
-        # Who trains what: each loss has its own optimizers, and a loss moves their parameters and
-        # nothing else. Each loss that trains the encoder has Adam moments of its own, as published.
+        # Who trains what: a loss moves the parameters of its own optimizers and no others. As
+        # published, the encoder has separate Adam moments for each loss that trains it.
         adam = functools.partial(torch.optim.Adam, fused=True)
         encoder = list(self.encoder.parameters())
         seen_by_critic = [] if args.freeze_encoder else encoder  # D5
@@ -589,7 +589,7 @@ def load_task(env_id, random):
         if not all(np.isfinite(bound).all() for bound in bounds):
             raise UsageError("env_id", "the environment's actions have no bounds")
         return env
-    from dm_control import suite  # not at the top, so that check_args() sees a missing OpenGL first
+    from dm_control import suite  # imported here, after check_args() has looked for OpenGL
 
     tasks = ["-".join(task) for task in suite.ALL_TASKS]
     if env_id not in tasks:
@@ -707,7 +707,7 @@ class ReplayBuffer:
 
     def add(self, step):
         """Appends a Step."""
-        if self.row == self.rows:  # short episodes add more starts than expected
+        if self.row == self.rows:  # short episodes need more rows than planned
             self.grow(self.rows + self.rows // 4 + 1)
         values = step._asdict()
         values["start"] = self.row if step.first else self.files["start"][self.row - 1]
@@ -739,7 +739,7 @@ class ReplayBuffer:
 
 
 # ---- evaluation --------------------------------------------------------------------------------
-VIDEO_SIZE = 256  # side of a film's images [pixels]
+VIDEO_SIZE = 256  # width and height of a film [pixels]
 
 
 def evaluate(act, env, episodes, stop, film=False):
@@ -845,7 +845,7 @@ def save_checkpoint(run_dir, args, agent, buffer, progress):
     progress.metrics = finite(progress.metrics, progress.updates)
     finite({"the sum of all weights": weights}, progress.updates)
     for file in buffer.files.values():
-        file.flush()  # so that the rows outlast a failure of the machine, too
+        file.flush()  # the rows must survive a crash of the machine
     payload = {"args": vars(args), "spec": tuple(agent.spec), "progress": vars(progress)}
     payload["agent"] = agent.state_dict()
     payload["optimizers"] = {name: o.state_dict() for name, o in agent.optimizers.items()}

@@ -117,7 +117,7 @@ class Args:
     replay_capacity: int = 100_000  # number of newest rows to sample from; one row per image
     replay_device: Literal["auto", "cpu"] = "auto"  # cpu: keep the rows out of GPU memory
     delete_replay: bool = False  # remove the replay buffer's files when the run has finished
-    warmup_steps: int = 0  # random steps before training, in whole episodes (0: 10,000 frames)
+    warmup_steps: int = 0  # random steps first; the last episode is completed (0: 10,000 frames)
     pretrain_updates: int = 50_000  # updates in one burst after the warm-up (model; paper 50,000)
     updates_per_step: float = 1.0  # updates per step after that burst (paper 1)
     eval_every_frames: int = 10_000  # interval between evaluations [frames]
@@ -363,7 +363,7 @@ class LatentModel(nn.Module):
             contexts.append(context)
             q_next.append(q)
         q_next = [torch.stack(values, 1) for values in zip(*q_next, strict=True)]  # mean, std
-        p_next = self.prior(torch.stack(contexts, 1))  # all at once, from the posterior's z2
+        p_next = self.prior(torch.stack(contexts, 1))  # of all steps, given the z2 of the posterior
 
         def merge(first, following):  # (B, T, z1), (B, T - 1, z1) -> (B, T, z1)
             following = torch.cat([first[:, :1], following], 1)
@@ -709,7 +709,7 @@ def load_task(env_id, random):
         if not all(np.isfinite(bound).all() for bound in bounds):
             raise UsageError("env_id", "the environment's actions have no bounds")
         return env
-    from dm_control import suite  # not at the top, so that check_args() sees a missing OpenGL first
+    from dm_control import suite  # imported here, after check_args() has looked for OpenGL
 
     tasks = ["-".join(task) for task in suite.ALL_TASKS]
     if env_id not in tasks:
@@ -827,7 +827,7 @@ class ReplayBuffer:
 
     def add(self, step):
         """Appends a Step."""
-        if self.row == self.rows:  # short episodes add more starts than expected
+        if self.row == self.rows:  # short episodes need more rows than planned
             self.grow(self.rows + self.rows // 4 + 1)
         values = step._asdict()
         values["start"] = self.row if step.first else self.files["start"][self.row - 1]
@@ -859,7 +859,7 @@ class ReplayBuffer:
 
 
 # ---- evaluation --------------------------------------------------------------------------------
-VIDEO_SIZE = 256  # side of a film's images [pixels]
+VIDEO_SIZE = 256  # width and height of a film [pixels]
 
 
 def evaluate(act, env, episodes, stop, film=False):
@@ -965,7 +965,7 @@ def save_checkpoint(run_dir, args, agent, buffer, progress):
     progress.metrics = finite(progress.metrics, progress.updates)
     finite({"the sum of all weights": weights}, progress.updates)
     for file in buffer.files.values():
-        file.flush()  # so that the rows outlast a failure of the machine, too
+        file.flush()  # the rows must survive a crash of the machine
     payload = {"args": vars(args), "spec": tuple(agent.spec), "progress": vars(progress)}
     payload["agent"] = agent.state_dict()
     payload["optimizers"] = {name: o.state_dict() for name, o in agent.optimizers.items()}
