@@ -334,7 +334,8 @@ def draw(curves, path, per_script=False):
                 axis.plot(x, y, color=colour, lw=0.7, alpha=0.5)
                 if seed in c.failed and len(x):
                     axis.plot(x[-1], y[-1], "x", color=colour, ms=9, mew=2)
-            label = f"{c.label} ({len(c.rows.keys() | c.failed.keys())} seeds"
+            name = c.label.removesuffix(c.env_id).strip()
+            label = f"{name} ({len(c.rows.keys() | c.failed.keys())} seeds"
             label += f", {len(c.failed)} failed" * bool(c.failed)
             band = "least to largest" if len(c.rows) < ENOUGH else "95 % interval"
             label += f", band: {band})" if len(c.rows) > 1 else ")"

@@ -51,6 +51,15 @@ def each(script, env_id, flags, common=""):
     return {k: Variant(script, env_id, f"{common} {v}".strip()) for k, v in flags.items()}
 
 
+def on(tasks, script, flags, common):
+    """The variants of each() on several tasks, which the labels name."""
+    variants = {}
+    for task in tasks:
+        for label, variant in each(script, task, flags, common).items():
+            variants[f"{label} {task}"] = variant
+    return variants
+
+
 def gaara(env_id, curves):
     """Variants of {label: (its flags, published curve)} at the report's length."""
     return {label: Variant("sac_gaara", env_id, f"{flags} {LENGTH}".strip(), published)
@@ -74,12 +83,13 @@ STUDIES = {
            for beta, weight in ((0.01, "3.15e-7"), (0.1, "3.15e-6"), (1, "3.15e-5"))},
         "actor gradient": "--reconstruction vae --latent-weight 0 --actor-trains-encoder",
     }),
-    "lecture-sac-ae": each("sac_ae", "finger-spin", {
+    "lecture-sac-ae": on(("finger-spin", "cheetah-run"), "sac_ae", {
         "SAC+AE": "", "no reconstruction": "--reconstruction none",
         "SAC+VAE": "--reconstruction vae --kl-weight 1.39e-5 --latent-weight 0",  # beta 0.1
-        "alternating, every 100": "--freeze-encoder --decoder-every-updates 100",
-        "random encoder": "--freeze-encoder --reconstruction none",
         "SAC from states": "--obs state --reconstruction none --frame-stack 1",
+        "random encoder": "--freeze-encoder --reconstruction none",
+        "alternating, every 100": "--freeze-encoder --decoder-every-updates 100",
+        "alternating, every 1": "--freeze-encoder",
     }, LECTURE),
     "gaara-figure-3": gaara("cheetah-run", {
         "SAC+AE": (BASELINE, REPORT), "annealed to 0.5": ("", FINAL),
