@@ -62,6 +62,7 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
+import inspect
 import io
 import json
 import math
@@ -102,7 +103,7 @@ from tqdm import tqdm
 # ---- Args --------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Args:
-    # all scripts have these
+    # run
     env_id: str = "cheetah-run"  # <domain>-<task> of the dm_control suite (or module:function)
     smoke: bool = False  # small images and networks that learn visibly in minutes on two CPU cores
     seed: int = 1  # random seed of the environment, the networks and the sampling
@@ -113,26 +114,29 @@ class Args:
     video: bool = True  # film the first episode of every evaluation
     track: bool = False  # also log to Weights & Biases
     runs_dir: str = "runs"  # parent of the run's folder
-    action_repeat: int = 2  # frames per step (code 2 on every task)
-    image_size: int = 64  # width and height of an image [pixels]
-    render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16 on a CPU needs AVX512_BF16 or AMX
     cuda_graph: bool = True  # on CUDA, launch an update or an action as one graph
     compile: bool = True  # with CUDA graphs, fuse small kernels; the run starts a minute later
     threads: int = 0  # CPU threads (0: PyTorch's choice); 1 is best for runs side by side
+    delete_replay: bool = False  # remove the replay buffer's files when the run has finished
+    eval_every_frames: int = 20_000  # interval between evaluations [frames]
+    eval_episodes: int = 10  # episodes per evaluation (code 1)
+    checkpoint_every_minutes: float = 5.0  # minimum time between two checkpoints [minutes]
+    # data and updates
+    action_repeat: int = 2  # frames per step (code 2 on every task)
+    obs = "pixels"  # not a flag: this script sees nothing else
+    image_size: int = 64  # width and height of an image [pixels]
+    render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
     replay_capacity: int = 2_000_000  # number of newest rows to sample from; one row per image
     replay_device: Literal["auto", "cpu"] = "auto"  # cpu: keep the rows out of GPU memory
-    delete_replay: bool = False  # remove the replay buffer's files when the run has finished
     warmup_steps: int = 1000  # random steps first; the last episode is completed (code 1000)
     pretrain_updates: int = 100  # updates in one burst after the warm-up (code 100)
     updates_per_step: float = 0.2  # updates per step after that burst (code 0.2)
     batch_size: int = 16  # samples per batch (sequences; code 16, paper 50)
-    eval_every_frames: int = 20_000  # interval between evaluations [frames]
-    eval_episodes: int = 10  # episodes per evaluation (code 1)
-    checkpoint_every_minutes: float = 5.0  # minimum time between two checkpoints [minutes]
-    # this algorithm
-    obs = "pixels"  # not a flag: this script sees nothing else
     sequence_length: int = 50  # steps per sequence (code 50)
+    horizon: int = 15  # imagined steps (paper 15)
+    target_every_updates: int = 100  # update the target networks at every Nth update (code 100)
+    # networks
     depth: int = 48  # channels of the first conv layer; every next one has twice as many (code 48)
     decoder_kernels: tuple[int, ...] = (5, 5, 6, 6)  # kernel sizes; the encoder has as many convs
     categoricals: int = 32  # categorical variables that z consists of (paper 32)
@@ -141,20 +145,19 @@ class Args:
     hidden_dim: int = 200  # width of the hidden layers (of the RSSM; code 200)
     head_dim: int = 400  # width of the actor, the critic and all heads (paper 400)
     head_layers: int = 4  # hidden layers of the actor, the critic and all heads (paper 4)
-    horizon: int = 15  # imagined steps (paper 15)
+    # losses
     gamma: float = 0.99  # discount per step (code 0.99)
+    model_lr: float = 3e-4  # Adam's learning rate for the model (code 3e-4)
+    actor_lr: float = 8e-5  # Adam's learning rate for the actor (code 8e-5)
+    critic_lr: float = 8e-5  # Adam's learning rate for the critic (code 8e-5)
     return_lambda: float = 0.95  # lambda of the lambda returns (paper 0.95)
     kl_scale: float = 1.0  # weight of the KL (paper 1)
     kl_balance: float = 0.8  # share of the KL that trains the prior (paper 0.8)
     free_nats: float = 1.0  # mean KL below which the KL has no gradient (code 1)
     entropy_weight: float = 1e-4  # weight of the actor's entropy in J(pi) (paper 1e-4)
-    discount_head: bool = False  # learn when an episode ends for good; in few tasks it does (lqr)
-    model_lr: float = 3e-4  # Adam's learning rate for the model (code 3e-4)
-    actor_lr: float = 8e-5  # Adam's learning rate for the actor (code 8e-5)
-    critic_lr: float = 8e-5  # Adam's learning rate for the critic (code 8e-5)
     weight_decay: float = 1e-6  # decay per update, not scaled by the learning rate (paper 1e-6)
-    target_every_updates: int = 100  # update the target networks at every Nth update (code 100)
-    # switches for data efficiency, all off
+    discount_head: bool = False  # learn when an episode ends for good; in few tasks it does (lqr)
+    # variants for data efficiency, all off
     model_every_updates: int = 1  # update the model at every Nth update
     behavior_every_updates: int = 1  # update actor and critic at every Nth update
     reset: Literal["none", "transition", "actor-critic", "all"] = "none"  # weights that are reset
@@ -1464,14 +1467,29 @@ def check_args(args):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 
 
+def in_groups(help_text):
+    """The text of --help with a title above each group of flags: the comments in Args."""
+    for title, name in re.findall(r"    # (.+)\n    (\w+):", inspect.getsource(Args)):
+        flag = rf"(?m)^(?=\W+--{name.replace('_', '-')}[ ,])"
+        help_text = re.sub(flag, f"\n {title}\n", help_text, count=1)
+    return help_text
+
+
 def parse_args(words):
     """Args from the command line, and the payload of the checkpoint that they name, or None."""
     for i, word in enumerate(words):
         if re.fullmatch(r"[\d.]+e\d+", word) and float(word).is_integer():
             words[i] = str(int(float(word)))  # 1e6 is a whole number, too
-    description = (__doc__ or "").partition("\n")[0]  # python -OO has no docstrings
-    parse = functools.partial(tyro.cli, Args, args=words, description=description)
-    args = parse(default=Args(**SMOKE) if "--smoke" in words else None)
+    about = (__doc__ or "").partition("\n")[0]  # python -OO has no docstrings
+    size = "{env_id} for {total_frames:,} frames, at {image_size}x{image_size} pixels"
+    about += "\n\nWith --smoke: " + size.format(**SMOKE)
+    parse = functools.partial(tyro.cli, Args, args=words, description=about)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as help_text:
+            args = parse(default=Args(**SMOKE) if "--smoke" in words else None)
+    except SystemExit:
+        print(in_groups(help_text.getvalue()), end="")
+        raise
     payload = None
     if path := args.resume or args.evaluate:
         flag = "resume" if args.resume else "evaluate"

@@ -58,6 +58,7 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
+import inspect
 import io
 import json
 import math
@@ -97,7 +98,7 @@ from tqdm import tqdm
 # ---- Args --------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Args:
-    # all scripts have these
+    # run
     env_id: str = "cheetah-vel"  # <domain>-<task> of the dm_control suite (here a family of tasks)
     smoke: bool = False  # small images and networks that learn visibly in minutes on two CPU cores
     seed: int = 1  # random seed of the environment, the networks and the sampling
@@ -108,24 +109,22 @@ class Args:
     video: bool = True  # film the first episode of every evaluation (here the first task's)
     track: bool = False  # also log to Weights & Biases
     runs_dir: str = "runs"  # parent of the run's folder
-    action_repeat: int = 1  # frames per step (always 1)
-    image_size: int = 64  # width and height of an image [pixels]
-    render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16 on a CPU needs AVX512_BF16 or AMX
     cuda_graph: bool = True  # on CUDA, launch an update or an action as one graph
     compile: bool = True  # with CUDA graphs, fuse small kernels; the run starts a minute later
     threads: int = 0  # CPU threads (0: PyTorch's choice); 1 is best for runs side by side
-    replay_capacity = math.inf  # not a flag: samples reach back to the run's first trajectory
-    replay_device: Literal["auto", "cpu"] = "auto"  # cpu: keep the rows out of GPU memory
     delete_replay: bool = False  # remove the replay buffer's files when the run has finished
-    batch_size: int = 64  # samples per batch (transitions of each task; code 256)
     eval_every_frames: int = 20_000  # interval between evaluations [frames]
     eval_episodes: int = 2  # episodes per evaluation (adaptations to each task)
     checkpoint_every_minutes: float = 5.0  # minimum time between two checkpoints [minutes]
-    # this algorithm
-    obs_mode: Literal["state", "cnn-test", "cnn", "cnn-rl", "ae", "critic"] = "critic"  # what x is
-    critic: Literal["v", "q"] = "v"  # v: V, fixed alpha (paper); q: target Qs, learned alpha
-    oracle: bool = False  # z is the task's parameter, and nothing is inferred
+    # data and updates
+    action_repeat: int = 1  # frames per step (always 1)
+    image_size: int = 64  # width and height of an image [pixels]
+    render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
+    frame_stack: int = 3  # images per observation
+    replay_capacity = math.inf  # not a flag: samples reach back to the run's first trajectory
+    replay_device: Literal["auto", "cpu"] = "auto"  # cpu: keep the rows out of GPU memory
+    batch_size: int = 64  # samples per batch (transitions of each task; code 256)
     train_tasks: int = 20  # tasks to train on, if the family is infinite (code 100)
     test_tasks: int = 10  # tasks to test on, if the family is infinite (code 30)
     task_seed: int = 1337  # random seed of the tasks' parameters
@@ -135,29 +134,34 @@ class Args:
     prior_steps: int | None = None  # steps per visit with z from the prior (None: 400)
     posterior_steps: int = 0  # steps per visit with an inferred z (code 0)
     extra_steps: int | None = None  # steps with an inferred z, kept out of the context (None: 600)
-    updates_per_iteration: int = 1000  # updates after the visits of an iteration (code 2000)
-    meta_batch: int | None = None  # tasks per update (None: 16)
     context_size: int | None = None  # transitions that z is inferred from (None: 100)
     context_trajectories: int = 4  # maximum of trajectories to infer z from in an evaluation
-    latent_dim: int = 5  # size of z (code 5)
-    next_obs_in_context: bool = False  # add the next x to the context; always on if dynamics differ
-    hidden_dim: int = 300  # width of the hidden layers (code 300)
-    context_dim: int = 200  # width of the context encoder's hidden layers (code 200)
-    gamma: float = 0.99  # discount per step (code 0.99)
-    lr: float = 3e-4  # Adam's learning rate for actor, critics and context encoder (code 3e-4)
-    tau: float = 0.005  # Polyak coefficient of the target V or Qs (code 0.005)
-    kl_lambda: float = 0.1  # weight of the KL, which is a sum over tasks (code 0.1)
-    reward_scale: float = 5.0  # factor of the rewards in J(Q), not in the context (code 5)
-    frame_stack: int = 3  # images per observation
+    meta_batch: int | None = None  # tasks per update (None: 16)
+    updates_per_iteration: int = 1000  # updates after the visits of an iteration (code 2000)
+    cnn_pretrain_updates: int = 1000  # updates of the CNN on the initial trajectories (cnn modes)
+    # networks
     filters: int = 32  # channels of every conv layer
     conv_strides: tuple[int, ...] = (2, 2, 2, 2)  # one 3x3 conv layer each
     feature_dim: int = 50  # size of an image's features (x with --obs-mode critic or ae)
+    latent_dim: int = 5  # size of z (code 5)
+    hidden_dim: int = 300  # width of the hidden layers (code 300)
+    context_dim: int = 200  # width of the context encoder's hidden layers (code 200)
+    # losses
+    gamma: float = 0.99  # discount per step (code 0.99)
+    lr: float = 3e-4  # Adam's learning rate for actor, critics and context encoder (code 3e-4)
     cnn_lr: float = 3e-4  # Adam's learning rate for CNN and decoder
-    cnn_pretrain_updates: int = 1000  # updates of the CNN on the initial trajectories (cnn modes)
-    rl_weight: float = 0.1  # weight of J(Q)'s gradient in the CNN with --obs-mode cnn-rl
+    tau: float = 0.005  # Polyak coefficient of the target V or Qs (code 0.005)
     encoder_tau: float = 0.05  # Polyak coefficient of the target encoder
+    kl_lambda: float = 0.1  # weight of the KL, which is a sum over tasks (code 0.1)
+    reward_scale: float = 5.0  # factor of the rewards in J(Q), not in the context (code 5)
+    rl_weight: float = 0.1  # weight of J(Q)'s gradient in the CNN with --obs-mode cnn-rl
     latent_weight: float = 1e-6  # weight of the penalty |z|^2 / 2 (of x, with --obs-mode ae)
     decoder_weight_decay: float = 1e-7  # L2 on the decoder, inside Adam
+    # variants
+    obs_mode: Literal["state", "cnn-test", "cnn", "cnn-rl", "ae", "critic"] = "critic"  # what x is
+    critic: Literal["v", "q"] = "v"  # v: V, fixed alpha (paper); q: target Qs, learned alpha
+    oracle: bool = False  # z is the task's parameter, and nothing is inferred
+    next_obs_in_context: bool = False  # add the next x to the context; always on if dynamics differ
 
     def __post_init__(self):
         family = FAMILIES.get(self.env_id, FAMILIES["cheetah-vel"])  # others are refused later
@@ -1495,14 +1499,29 @@ def check_args(args):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 
 
+def in_groups(help_text):
+    """The text of --help with a title above each group of flags: the comments in Args."""
+    for title, name in re.findall(r"    # (.+)\n    (\w+):", inspect.getsource(Args)):
+        flag = rf"(?m)^(?=\W+--{name.replace('_', '-')}[ ,])"
+        help_text = re.sub(flag, f"\n {title}\n", help_text, count=1)
+    return help_text
+
+
 def parse_args(words):
     """Args from the command line, and the payload of the checkpoint that they name, or None."""
     for i, word in enumerate(words):
         if re.fullmatch(r"[\d.]+e\d+", word) and float(word).is_integer():
             words[i] = str(int(float(word)))  # 1e6 is a whole number, too
-    description = (__doc__ or "").partition("\n")[0]  # python -OO has no docstrings
-    parse = functools.partial(tyro.cli, Args, args=words, description=description)
-    args = parse(default=Args(**SMOKE) if "--smoke" in words else None)
+    about = (__doc__ or "").partition("\n")[0]  # python -OO has no docstrings
+    size = "{env_id} for {total_frames:,} frames, at {image_size}x{image_size} pixels"
+    about += "\n\nWith --smoke: " + size.format(**SMOKE)
+    parse = functools.partial(tyro.cli, Args, args=words, description=about)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as help_text:
+            args = parse(default=Args(**SMOKE) if "--smoke" in words else None)
+    except SystemExit:
+        print(in_groups(help_text.getvalue()), end="")
+        raise
     payload = None
     if path := args.resume or args.evaluate:
         flag = "resume" if args.resume else "evaluate"

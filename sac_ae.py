@@ -46,6 +46,7 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
+import inspect
 import io
 import json
 import math
@@ -86,7 +87,7 @@ from tqdm import tqdm
 # ---- Args --------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Args:
-    # all scripts have these
+    # run
     env_id: str = "cheetah-run"  # <domain>-<task> of the dm_control suite (or module:function)
     smoke: bool = False  # small images and networks that learn visibly in minutes on two CPU cores
     seed: int = 1  # random seed of the environment, the networks and the sampling
@@ -97,34 +98,33 @@ class Args:
     video: bool = True  # film the first episode of every evaluation
     track: bool = False  # also log to Weights & Biases
     runs_dir: str = "runs"  # parent of the run's folder
-    action_repeat: int = 0  # frames per step (0: the published value for the task)
-    image_size: int = 84  # width and height of an image [pixels]
-    render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16 on a CPU needs AVX512_BF16 or AMX
     cuda_graph: bool = True  # on CUDA, launch an update or an action as one graph
     compile: bool = True  # with CUDA graphs, fuse small kernels; the run starts a minute later
     threads: int = 0  # CPU threads (0: PyTorch's choice); 1 is best for runs side by side
+    delete_replay: bool = False  # remove the replay buffer's files when the run has finished
+    eval_every_frames: int = 20_000  # interval between evaluations [frames]
+    eval_episodes: int = 10  # episodes per evaluation (paper 10)
+    checkpoint_every_minutes: float = 5.0  # minimum time between two checkpoints [minutes]
+    # data and updates
+    action_repeat: int = 0  # frames per step (0: the published value for the task)
+    image_size: int = 84  # width and height of an image [pixels]
+    render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
+    frame_stack: int = 3  # images per observation (paper 3)
     replay_capacity: int = 1_000_000  # number of newest rows to sample from; one row per image
     replay_device: Literal["auto", "cpu"] = "auto"  # cpu: keep the rows out of GPU memory
-    delete_replay: bool = False  # remove the replay buffer's files when the run has finished
     warmup_steps: int = 1000  # random steps first; the last episode is completed (paper 1000)
     pretrain_updates: int = 1000  # updates in one burst after the warm-up (authors' code 1000)
     updates_per_step: float = 1.0  # updates per step after that burst (paper 1)
     batch_size: int = 128  # samples per batch (transitions; paper 128)
-    eval_every_frames: int = 20_000  # interval between evaluations [frames]
-    eval_episodes: int = 10  # episodes per evaluation (paper 10)
-    checkpoint_every_minutes: float = 5.0  # minimum time between two checkpoints [minutes]
-    # this algorithm
-    obs: Literal["pixels", "state"] = "pixels"  # state: SAC from the simulator's state vector
-    reconstruction: Literal["ae", "vae", "none"] = "ae"  # vae: beta-VAE; none: no decoder
-    decoder_every_updates: int = 1  # reconstruct only at every Nth update
-    freeze_encoder: bool = False  # J(Q) does not train the encoder; only the other losses do
-    actor_trains_encoder: bool = False  # J(pi) trains the convs, too (training gets unstable)
-    frame_stack: int = 3  # images per observation (paper 3)
+    actor_every_updates: int = 2  # update actor and alpha at every Nth update (paper 2)
+    target_every_updates: int = 2  # update the target networks at every Nth update (paper 2)
+    # networks
     filters: int = 32  # channels of every conv layer (paper 32)
     conv_strides: tuple[int, ...] = (2, 1, 1, 1)  # one 3x3 conv layer each (paper 2 1 1 1)
     latent_dim: int = 50  # size of z (paper 50)
     hidden_dim: int = 1024  # width of the hidden layers (paper 1024)
+    # losses
     gamma: float = 0.99  # discount per step (paper 0.99)
     critic_lr: float = 1e-3  # Adam's learning rate for the critic (paper 1e-3)
     actor_lr: float = 1e-3  # Adam's learning rate for the actor (paper 1e-3)
@@ -133,13 +133,17 @@ class Args:
     decoder_lr: float = 1e-3  # Adam's learning rate for the decoder (paper 1e-3)
     alpha_beta1: float = 0.5  # Adam's beta1 for log alpha (paper 0.5)
     init_temperature: float = 0.1  # alpha at the start (paper 0.1)
-    actor_every_updates: int = 2  # update actor and alpha at every Nth update (paper 2)
-    target_every_updates: int = 2  # update the target networks at every Nth update (paper 2)
     critic_tau: float = 0.01  # Polyak coefficient of the target Qs (paper 0.01)
     encoder_tau: float = 0.05  # Polyak coefficient of the target encoder (paper 0.05)
     latent_weight: float = 1e-6  # weight of the penalty |z|^2 / 2 (paper 1e-6)
     decoder_weight_decay: float = 1e-7  # L2 on the decoder, inside Adam (paper 1e-7)
     kl_weight: float = 3.15e-5  # vae: weight of the KL; at 84x84x9, beta is 31752 times this
+    # variants
+    obs: Literal["pixels", "state"] = "pixels"  # state: SAC from the simulator's state vector
+    reconstruction: Literal["ae", "vae", "none"] = "ae"  # vae: beta-VAE; none: no decoder
+    decoder_every_updates: int = 1  # reconstruct only at every Nth update
+    freeze_encoder: bool = False  # J(Q) does not train the encoder; only the other losses do
+    actor_trains_encoder: bool = False  # J(pi) trains the convs, too (training gets unstable)
 
     def __post_init__(self):
         self.action_repeat = self.action_repeat or ACTION_REPEAT.get(self.env_id, 2)
@@ -1180,14 +1184,29 @@ def check_args(args):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 
 
+def in_groups(help_text):
+    """The text of --help with a title above each group of flags: the comments in Args."""
+    for title, name in re.findall(r"    # (.+)\n    (\w+):", inspect.getsource(Args)):
+        flag = rf"(?m)^(?=\W+--{name.replace('_', '-')}[ ,])"
+        help_text = re.sub(flag, f"\n {title}\n", help_text, count=1)
+    return help_text
+
+
 def parse_args(words):
     """Args from the command line, and the payload of the checkpoint that they name, or None."""
     for i, word in enumerate(words):
         if re.fullmatch(r"[\d.]+e\d+", word) and float(word).is_integer():
             words[i] = str(int(float(word)))  # 1e6 is a whole number, too
-    description = (__doc__ or "").partition("\n")[0]  # python -OO has no docstrings
-    parse = functools.partial(tyro.cli, Args, args=words, description=description)
-    args = parse(default=Args(**SMOKE) if "--smoke" in words else None)
+    about = (__doc__ or "").partition("\n")[0]  # python -OO has no docstrings
+    size = "{env_id} for {total_frames:,} frames, at {image_size}x{image_size} pixels"
+    about += "\n\nWith --smoke: " + size.format(**SMOKE)
+    parse = functools.partial(tyro.cli, Args, args=words, description=about)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as help_text:
+            args = parse(default=Args(**SMOKE) if "--smoke" in words else None)
+    except SystemExit:
+        print(in_groups(help_text.getvalue()), end="")
+        raise
     payload = None
     if path := args.resume or args.evaluate:
         flag = "resume" if args.resume else "evaluate"

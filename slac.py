@@ -55,6 +55,7 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
+import inspect
 import io
 import json
 import math
@@ -95,7 +96,7 @@ from tqdm import tqdm
 # ---- Args --------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Args:
-    # all scripts have these
+    # run
     env_id: str = "cheetah-run"  # <domain>-<task> of the dm_control suite (or module:function)
     smoke: bool = False  # small images and networks that learn visibly in minutes on two CPU cores
     seed: int = 1  # random seed of the environment, the networks and the sampling
@@ -106,39 +107,34 @@ class Args:
     video: bool = True  # film the first episode of every evaluation
     track: bool = False  # also log to Weights & Biases
     runs_dir: str = "runs"  # parent of the run's folder
-    action_repeat: int = 0  # frames per step (0: the published value for the task)
-    obs = "pixels"  # not a flag: this script sees nothing else
-    image_size: int = 64  # width and height of an image [pixels]
-    render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16 on a CPU needs AVX512_BF16 or AMX
     cuda_graph: bool = True  # on CUDA, launch an update or an action as one graph
     compile: bool = True  # with CUDA graphs, fuse small kernels; the run starts a minute later
     threads: int = 0  # CPU threads (0: PyTorch's choice); 1 is best for runs side by side
-    replay_capacity: int = 100_000  # number of newest rows to sample from; one row per image
-    replay_device: Literal["auto", "cpu"] = "auto"  # cpu: keep the rows out of GPU memory
     delete_replay: bool = False  # remove the replay buffer's files when the run has finished
-    warmup_steps: int = 0  # random steps first; the last episode is completed (0: 10,000 frames)
-    pretrain_updates: int = 50_000  # updates in one burst after the warm-up (model; paper 50,000)
-    updates_per_step: float = 1.0  # updates per step after that burst (paper 1)
     eval_every_frames: int = 10_000  # interval between evaluations [frames]
     eval_episodes: int = 10  # episodes per evaluation (paper 10)
     checkpoint_every_minutes: float = 5.0  # minimum time between two checkpoints [minutes]
-    # this algorithm
-    z1: Literal["stochastic", "deterministic"] = "stochastic"  # the latent inferred from each image
-    z2: Literal["stochastic", "deterministic", "recurrent", "none"] = "stochastic"  # latent memory
-    temporal: bool = True  # each latent depends on the one before; if off, on its image alone
-    actor_input: Literal["history", "latent"] = "history"  # history: features, actions; latent: z
-    critic_input: Literal["history", "latent"] = "latent"  # history: features, actions; latent: z
+    # data and updates
+    action_repeat: int = 0  # frames per step (0: the published value for the task)
+    obs = "pixels"  # not a flag: this script sees nothing else
+    image_size: int = 64  # width and height of an image [pixels]
+    render: Literal["exact", "fast"] = "exact"  # fast: no shadows, coarse meshes; for smoke runs
+    replay_capacity: int = 100_000  # number of newest rows to sample from; one row per image
+    replay_device: Literal["auto", "cpu"] = "auto"  # cpu: keep the rows out of GPU memory
+    warmup_steps: int = 0  # random steps first; the last episode is completed (0: 10,000 frames)
+    pretrain_updates: int = 50_000  # updates in one burst after the warm-up (model; paper 50,000)
+    updates_per_step: float = 1.0  # updates per step after that burst (paper 1)
     model_batch_size: int = 32  # sequences per update of the model (paper 32)
     sac_batch_size: int = 256  # sequences per update of actor and critic (paper 256)
     actions: int = 8  # actions per sequence, which has one image more (paper 8)
+    # networks
     channels: tuple[int, ...] = (32, 64, 128, 256)  # channels per conv layer (paper 32 64 128 256)
     feature_dim: int = 256  # size of an image's features (paper 256)
     z1_dim: int = 0  # size of z1 (0: the paper's 32, or 256 with --z2 none)
     z2_dim: int = 256  # size of z2 (paper 256)
     hidden_dim: int = 256  # width of the hidden layers (paper 256)
-    decoder_variance: float = 0.1  # variance of a pixel in [0, 1] (paper 0.1, or tuned per task)
-    reward_std_floor: float = 1e-5  # least standard deviation of a reward (authors' code 1e-5)
+    # losses
     gamma: float = 0.99  # discount per step (paper 0.99)
     model_lr: float = 1e-4  # Adam's learning rate for the model (paper 1e-4)
     critic_lr: float = 3e-4  # Adam's learning rate for the critic (paper 3e-4)
@@ -146,6 +142,14 @@ class Args:
     alpha_lr: float = 3e-4  # Adam's learning rate for log alpha (paper 3e-4)
     init_temperature: float = 1.0  # alpha at the start (paper 1)
     critic_tau: float = 0.005  # Polyak coefficient of the target Qs (paper 0.005)
+    decoder_variance: float = 0.1  # variance of a pixel in [0, 1] (paper 0.1, or tuned per task)
+    reward_std_floor: float = 1e-5  # least standard deviation of a reward (authors' code 1e-5)
+    # variants
+    z1: Literal["stochastic", "deterministic"] = "stochastic"  # the latent inferred from each image
+    z2: Literal["stochastic", "deterministic", "recurrent", "none"] = "stochastic"  # latent memory
+    temporal: bool = True  # each latent depends on the one before; if off, on its image alone
+    actor_input: Literal["history", "latent"] = "history"  # history: features, actions; latent: z
+    critic_input: Literal["history", "latent"] = "latent"  # history: features, actions; latent: z
     eval_policy: Literal["sample", "mean"] = "sample"  # actions in evaluations (paper sample)
 
     def __post_init__(self):
@@ -1302,14 +1306,29 @@ def check_args(args):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
 
 
+def in_groups(help_text):
+    """The text of --help with a title above each group of flags: the comments in Args."""
+    for title, name in re.findall(r"    # (.+)\n    (\w+):", inspect.getsource(Args)):
+        flag = rf"(?m)^(?=\W+--{name.replace('_', '-')}[ ,])"
+        help_text = re.sub(flag, f"\n {title}\n", help_text, count=1)
+    return help_text
+
+
 def parse_args(words):
     """Args from the command line, and the payload of the checkpoint that they name, or None."""
     for i, word in enumerate(words):
         if re.fullmatch(r"[\d.]+e\d+", word) and float(word).is_integer():
             words[i] = str(int(float(word)))  # 1e6 is a whole number, too
-    description = (__doc__ or "").partition("\n")[0]  # python -OO has no docstrings
-    parse = functools.partial(tyro.cli, Args, args=words, description=description)
-    args = parse(default=Args(**SMOKE) if "--smoke" in words else None)
+    about = (__doc__ or "").partition("\n")[0]  # python -OO has no docstrings
+    size = "{env_id} for {total_frames:,} frames, at {image_size}x{image_size} pixels"
+    about += "\n\nWith --smoke: " + size.format(**SMOKE)
+    parse = functools.partial(tyro.cli, Args, args=words, description=about)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()) as help_text:
+            args = parse(default=Args(**SMOKE) if "--smoke" in words else None)
+    except SystemExit:
+        print(in_groups(help_text.getvalue()), end="")
+        raise
     payload = None
     if path := args.resume or args.evaluate:
         flag = "resume" if args.resume else "evaluate"

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ["sac_ae", "sac_gaara", "slac", "dreamerv2", "pearl_pixels"]
 SUITE = SCRIPTS[:4]  # play one task; PEARL has a loop of its own
 LOOPS = ["sac_ae", "pearl_pixels"]  # four scripts share one training loop
+SCRATCH = tempfile.TemporaryDirectory()  # goes when pytest ends
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny networks: more threads only wait
 if sys.platform == "linux":
@@ -153,7 +154,7 @@ def tiny_agent(name, flags="", device="cpu", like=None):
     image = (3, args.image_size, args.image_size)
     spec = module.EnvSpec((4,) if args.obs == "state" else image, 2, 4)
     agent = module.Agent(args, spec)
-    folder = tempfile.mkdtemp()
+    folder = tempfile.mkdtemp(dir=SCRATCH.name)
     if hasattr(module, "TaskBuffer"):
         buffer, length = pearl_buffer(module, folder, args, spec)
     else:

@@ -3,6 +3,7 @@
 import importlib
 import io
 import os
+import re
 import shutil
 import sys
 
@@ -45,6 +46,20 @@ def test_bad_usage_is_refused_in_one_line(names, flags, flag, remedy, tmp_path, 
     for name in SCRIPTS if names == "all" else [names]:
         assert_refused(name, f"--runs-dir {tmp_path} {flags}", flag, remedy, capsys)
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_has_titles_and_names_the_smoke_run(name, capsys):
+    """Each title stands above its first flag; ten flags for beginners come first."""
+    with pytest.raises(SystemExit):
+        importlib.import_module(name).main(["--smoke", "--help"])
+    text = capsys.readouterr().out
+    smoke = importlib.import_module(name).SMOKE
+    assert "With --smoke: {env_id} for {total_frames:,} frames".format(**smoke) in text
+    above = dict(re.findall(r"\n\n (.+)\n  --([\w-]+)", text))
+    assert above["run"] == "env-id" and above["data and updates"] == "action-repeat"
+    assert len(above) == 5 and text.index("--runs-dir") < text.index("--precision")
 
 
 def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path, capsys):

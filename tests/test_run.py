@@ -10,7 +10,7 @@ from pathlib import Path
 import imageio.v3 as imageio
 import pytest
 import torch
-from conftest import LOOPS, ROOT, SCRIPTS, SUITE, TINY, command, metrics, run_here
+from conftest import LOOPS, ROOT, SCRATCH, SCRIPTS, SUITE, TINY, command, metrics, run_here
 
 # Three episodes of 34 steps, the last of which has 10 frames in place of 30. The first is warm-up.
 SHORT = "--env-id lqr-lqr_2_1 --action-repeat 30 --total-frames 3000 --warmup-steps 34"
@@ -21,7 +21,7 @@ OFTEN = "--checkpoint-every-minutes 1e-9"  # a checkpoint wherever one may be ma
 @functools.cache
 def undisturbed(name, flags=""):
     """The folder of a run that nobody disturbed."""
-    runs = tempfile.mkdtemp()
+    runs = tempfile.mkdtemp(dir=SCRATCH.name)
     return Path(run_here(name, f"{RUNS[name]} --video {flags} --runs-dir {runs}")["run_dir"])
 
 
