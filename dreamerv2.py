@@ -20,7 +20,7 @@ their losses follow CURL (InfoNCE, https://arxiv.org/abs/2004.04136), SPR
     z, h -x-> actor --> a --> h' --> z' ~ p --x-> actor ...  15 steps, imagined from every z, h
         J(pi) trains the actor, through the model; J(v) trains the critic; x stops the gradient
 
-    python dreamerv2.py --smoke                  # learns visibly in minutes on a laptop
+    python dreamerv2.py --smoke                  # learns visibly in minutes without a GPU
     python dreamerv2.py --env-id walker-walk     # the published hyperparameters
     python dreamerv2.py --evaluate RUN_DIR       # play a trained agent and film it
 

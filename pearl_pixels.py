@@ -23,7 +23,7 @@ From pixels: designs 1 to 3 of Marshall & Khasar (cnn-test, cnn, cnn-rl), and tw
     critic    x is features that J(Q) trains
     ae        as critic; a reconstruction trains them, too
 
-    python pearl_pixels.py --smoke                  # learns visibly in minutes on a laptop
+    python pearl_pixels.py --smoke                  # learns visibly in minutes without a GPU
     python pearl_pixels.py --env-id cheetah-vel     # 20 target velocities to train on, 10 to test
     python pearl_pixels.py --evaluate RUN_DIR       # adapt to the test tasks, and film it
 

@@ -15,7 +15,7 @@ https://arxiv.org/abs/1910.01741; the authors' code: https://github.com/denisyar
                             +-x-> actor's own head --> MLP      J(pi) trains both, through Q(z, a)
                                                                 x stops the gradient
 
-    python sac_ae.py --smoke                  # learns visibly in minutes on a laptop
+    python sac_ae.py --smoke                  # learns visibly in minutes without a GPU
     python sac_ae.py --env-id cheetah-run     # the published hyperparameters
     python sac_ae.py --evaluate RUN_DIR       # play a trained agent and film it
 

@@ -22,7 +22,7 @@ https://arxiv.org/abs/1910.01741; the authors' code: https://github.com/denisyar
                                                    +--> z_a W z_p   InfoNCE trains convs, head, W
     random crop --> target encoder -x-> z_p -------+                with an annealed weight
 
-    python sac_gaara.py --smoke                  # learns visibly in minutes on a laptop
+    python sac_gaara.py --smoke                  # learns visibly in minutes without a GPU
     python sac_gaara.py --env-id cheetah-run     # the published hyperparameters
     python sac_gaara.py --evaluate RUN_DIR       # play a trained agent and film it
 

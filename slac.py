@@ -15,7 +15,7 @@ Model, https://arxiv.org/abs/1907.00953; the authors' code: https://github.com/a
                                +-x-> f of 8 images, 7 actions --> actor     J(pi) trains the actor
     z1, z2 of the last two images -x-> Q1, Q2     J(Q) trains Q1, Q2        x stops the gradient
 
-    python slac.py --smoke                  # learns visibly in minutes on a laptop
+    python slac.py --smoke                  # learns visibly in minutes without a GPU
     python slac.py --env-id cheetah-run     # the published hyperparameters
     python slac.py --evaluate RUN_DIR       # play a trained agent and film it
 
