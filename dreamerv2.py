@@ -189,7 +189,7 @@ def algorithm_checks(args):
     """Checks that only this script has: rows of (flag, whether it is wrong, what to do)."""
     encoded, decoded = image_sides(args)
     kernels = len(args.decoder_kernels)
-    warmup = 1000 * math.ceil(args.warmup_steps * args.action_repeat / 1000)  # in whole episodes
+    warmup = 1000 * math.ceil(args.warmup_steps / math.ceil(1000 / args.action_repeat))  # frames
     capacity = max(1000, args.replay_capacity)  # less is refused later
     most = min(500 // args.action_repeat, capacity // 4)  # half an episode; a quarter of the buffer
     length_is_wrong = not 2 <= args.sequence_length <= most

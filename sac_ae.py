@@ -169,7 +169,7 @@ def algorithm_checks(args):
     """Checks that only this script has: rows of (flag, whether it is wrong, what to do)."""
     has_images = args.reconstruction != "none" or args.frame_stack != 1
     convs_fit = args.conv_strides and min(conv_sizes(args.image_size, args.conv_strides)) >= 1
-    warmup = 1000 * math.ceil(args.warmup_steps * args.action_repeat / 1000)  # in whole episodes
+    warmup = 1000 * math.ceil(args.warmup_steps / math.ceil(1000 / args.action_repeat))  # frames
     both = args.freeze_encoder and args.actor_trains_encoder
     return [
         ("total_frames", args.total_frames <= warmup, f"use more than the warm-up's {warmup}"),

@@ -177,7 +177,7 @@ AT_MOST_ONE = ["critic_tau", "gamma"]
 
 def algorithm_checks(args):
     """Checks that only this script has: rows of (flag, whether it is wrong, what to do)."""
-    warmup = 1000 * math.ceil(args.warmup_steps * args.action_repeat / 1000)  # in whole episodes
+    warmup = 1000 * math.ceil(args.warmup_steps / math.ceil(1000 / args.action_repeat))  # frames
     unit = 2 ** len(args.channels)  # each conv halves the image
     fits = 2 <= args.actions < min(args.warmup_steps, 1000)  # 1000 is the least replay_capacity
     needs_past = args.z1 == "deterministic" or args.z2 == "recurrent"

@@ -161,9 +161,10 @@ def loose(folders):
                  if (folder / "summary.json").exists()}  # fmt: skip
         failed = dict.fromkeys(runs.keys() - ended.keys(), "not finished")
         random = {s: random_return(summary) for s, summary in ended.items()}
+        devices = ", ".join(sorted({summary["device"] for summary in ended.values()}))
         minutes = {s: r[-1]["time/wall_s"] / 60 for s, r in rows.items() if r}
         curve = studies.CURVES.get(script, "") if as_published(script, args) else ""
-        curves.append(Curve(label, task, curve, rows, failed, random, minutes, ""))
+        curves.append(Curve(label, task, curve, rows, failed, random, minutes, devices))
     return curves
 
 
