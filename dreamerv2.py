@@ -38,12 +38,12 @@ D1  The paper covers Atari and a humanoid. This script follows the authors' publ
     Their repository does not say whether it gave the curves that they published for the suite.
 D2  Sequences also come from the running episode, and all possible starts are equally likely.
     Theirs draws a finished episode first.
-D3  Actions come from the inverse CDF of the truncated normal, whose argument stays within 1e-6 and
-    1 - 1e-6, where float32 is finite. Theirs come from TensorFlow's sampler. The gradient is what
-    TensorFlow registers for that, and ignores that the bounds shift: d action / d loc = 1,
-    d action / d std = (action - loc) / std. The inverse CDF's exact d action / d loc is 0.25 on
-    average at the initial deviation of 1.1: the actor's gradient would be four times smaller at
-    the start, and nearly the same later.
+D3  Actions come from the truncated normal's inverse CDF, with its argument clamped to 1e-6 and
+    1 - 1e-6, where float32 is finite. Theirs come from TensorFlow's sampler. The gradient is the
+    one that TensorFlow registers for its sampler. It takes the bounds as constants:
+    d action / d loc = 1, d action / d std = (action - loc) / std. With the exact gradient,
+    d action / d loc would be 0.25 on average at the initial deviation of 1.1, and the actor's
+    gradient would be four times smaller at the start and nearly the same later.
 D4  Evaluation has its own seed and random numbers, and ten episodes. Theirs plays one episode.
 D5  Everything is float32. Theirs is float16 in parts. Adam's epsilon is PyTorch's, added after the
     bias correction. One layer gives the actor's mean and deviation, so Glorot's bound is lower.
@@ -156,7 +156,7 @@ class Args:
     free_nats: float = 1.0  # mean KL below which the KL has no gradient (code 1)
     entropy_weight: float = 1e-4  # weight of the actor's entropy in J(pi) (paper 1e-4)
     weight_decay: float = 1e-6  # decay per update, not scaled by the learning rate (paper 1e-6)
-    discount_head: bool = False  # learn when an episode ends for good; in few tasks it does (lqr)
+    discount_head: bool = False  # learn when an episode ends for good, as in few tasks (lqr)
     # variants for data efficiency, all off
     model_every_updates: int = 1  # update the model at every Nth update
     behavior_every_updates: int = 1  # update actor and critic at every Nth update
@@ -296,8 +296,8 @@ def truncated_normal(loc, std, uniform):
 
 
 def lambda_returns(reward, value, discount, lambda_):
-    """R_i = r_i + d_i ((1 - lambda) v_{i+1} + lambda R_{i+1}) and R_H = v_H, of reward and discount
-    at states 0 to H - 1 (H, N) and value at states 1 to H (H, N): the first H of them (H, N)."""
+    """Returns R_0 to R_{H-1} (H, N): R_i = r_i + d_i ((1 - lambda) v_{i+1} + lambda R_{i+1}) and
+    R_H = v_H. Reward and discount (H, N) are at states 0 to H - 1, value (H, N) at 1 to H."""
     returns = [value[-1]]
     for r, v, d in zip(reward.flip(0), value.flip(0), discount.flip(0), strict=True):
         returns.append(r + d * ((1 - lambda_) * v + lambda_ * returns[-1]))
@@ -378,9 +378,9 @@ class RSSM(nn.Module):
         return torch.rand(*shape, *self.shape, device=self.gru.weight.device)
 
     def cell(self, x, h):
-        """The GRU: h' (..., D) from an input before its ELU. It has one LayerNorm over all gates,
-        and the reset gate multiplies the tanh's whole argument. PyTorch's GRUCell has no norm, and
-        resets the part of h alone."""
+        """The GRU, h' (..., D) from x, before its ELU, and h. One LayerNorm covers all gates; the
+        reset gate multiplies the tanh's whole argument. PyTorch's GRUCell has no norm, and its
+        reset gate multiplies only what comes from h."""
         gates = self.gru_norm(self.gru(torch.cat([F.elu(x), h], -1)))
         reset, candidate, update = gates.chunk(3, -1)
         update = torch.sigmoid(update - 1)
@@ -396,8 +396,8 @@ class RSSM(nn.Module):
         return one_hot_sample(self.prior(h), noise), h
 
     def observe_step(self, z, h, x, y, noise):
-        """Next state z' (B, Z), h' (B, D) and the posterior's logits (B, S, K); x and y are what
-        the action and the embedding add to gru_in and post_in."""
+        """Next state z' (B, Z), h' (B, D) and the posterior's logits (B, S, K); x is
+        the action's share of gru_in's output, and y the embedding's share of post_in's."""
         w_z = self.gru_in.weight[:, : self.z_dim]
         w_h = self.post_in.weight[:, : self.h_dim]
         h = self.cell(F.linear(z, w_z) + x, h)
@@ -405,8 +405,8 @@ class RSSM(nn.Module):
         return one_hot_sample(post, noise), h, post
 
     def observe(self, e, action, is_first, noise, z=None, h=None):
-        """Filters embeddings e (B, T, E), the actions before them (B, T, A) and is_first (B, T)
-        with noise (B, T, S, K), from the state z, h on: z (B, T, Z), h (B, T, D), and the logits of
+        """From embeddings e (B, T, E), the actions before them (B, T, A), is_first (B, T), noise
+        (B, T, S, K) and the state z, h before: z (B, T, Z), h (B, T, D), and the logits of
         posterior and prior (B, T, S, K). Where is_first, the state before and the action are 0."""
         keep = 1.0 - is_first[..., None].float()
         # the parts of gru_in and post_in that read a and e, for all times at once; z and h follow
@@ -636,8 +636,8 @@ class Agent(nn.Module):
 
     def discounts(self, features, first_discount):
         """Discounts of imagined states (H + 1, N), and weights, the product of the discounts before
-        each state. A discount is gamma; or with the head, gamma times that of the replay buffer
-        (N,) for the first state, and then what the head says, which includes gamma."""
+        each state. Without the discount head all discounts are gamma. With it, the first is gamma
+        times the replay buffer's (N,), and the others are the head's output, with gamma in it."""
         discount = features.new_full(features.shape[:2], self.args.gamma)
         if self.discount_head is not None:
             predicted = torch.sigmoid(self.discount_head(features[1:])).squeeze(-1)
@@ -653,8 +653,8 @@ class Agent(nn.Module):
         return lambda_returns(reward, value, discount[:-1], self.args.return_lambda)
 
     def actor_loss(self, returns, entropies, weights):
-        """Minus the return after each action and minus its entropy, both (H, N), weighted
-        (H + 1, N). The gradient flows through the model's steps."""
+        """Minus the returns after the actions and their entropies, both (H, N), averaged with
+        weights (H + 1, N). The gradient flows through the model's steps."""
         # Action i leads to state i + 1, and return i + 1 is the first that it changes. The last
         # action counts only through the value of the last state, and its entropy does not count.
         objective = returns[1:] + self.args.entropy_weight * entropies[:-1]
@@ -667,16 +667,16 @@ class Agent(nn.Module):
         return (weights[:-1] * nll).mean()  # [DreamerV2 critic]
 
     def resets_due(self, updates):
-        """How many resets there are up to this update, its own included. Reset k comes after
-        k * reset_every_updates and the catch-up updates of the resets before it."""
+        """Number of resets so far, with one that comes at this update. Before reset k there are
+        k * reset_every_updates ordinary updates and the catch-up updates of all earlier resets."""
         extra = self.args.catch_up_updates
         period = self.args.reset_every_updates + extra
         return 0 if self.args.reset == "none" else max(0, updates + extra) // period
 
     @torch.no_grad()  # weights are set, not learned
     def reset_weights(self):
-        """Moves weights reset_alpha of the way to fresh ones, clears what Adam knows of them (its
-        counter too), and copies them to their targets."""
+        """Moves weights towards fresh ones by the share reset_alpha, sets their moments and counter
+        in Adam to 0, and copies the weights to their targets."""
         transition = ("gru_in", "gru", "gru_norm", "prior_in", "prior_out")
         names = {
             "transition": [f"rssm.{name}" for name in transition],
@@ -817,7 +817,7 @@ class UsageError(ValueError):
 
 @contextlib.contextmanager
 def refuse_on(errors, name, remedy):
-    """Turns such errors into a UsageError of one line, which gives their reason in brackets."""
+    """Turns such errors into a one-line UsageError, which gives their reason in brackets."""
     try:
         yield
     except errors as e:
@@ -826,7 +826,7 @@ def refuse_on(errors, name, remedy):
 
 
 def stream(seed, purpose, counter):
-    """Gives a NumPy generator that the arguments seed, and seeds PyTorch from it. No random state
+    """Gives a NumPy generator seeded with the arguments, and seeds PyTorch from it. No random state
     is ever saved: a resumed run draws the same numbers at the same counters."""
     rng = np.random.default_rng([seed, *purpose.encode(), counter])
     torch.manual_seed(int(rng.integers(2**63)))
@@ -996,8 +996,9 @@ class ReplayBuffer:
         self.row += 1
 
     def draw(self, rng, count, length, same_episode_tail):
-        """First rows (count,) of windows of `length` rows whose last `same_episode_tail` rows are
-        of one episode; uniform, with replacement. Raises UsageError if there are hardly any."""
+        """Draws windows of `length` rows whose last `same_episode_tail` rows are of one episode,
+        uniformly, with replacement: their first rows (count,). Raises UsageError if there are
+        hardly any."""
         oldest = max(0, self.row - self.capacity)
         rows = np.empty(0, np.int64)
         for _ in range(1000):
@@ -1245,10 +1246,9 @@ def updates_due(args, step):
     """Number of updates that are made by the time this step is taken, with the catch-up updates
     that follow each reset.
 
-    The loop makes at most ceil(updates_per_step) updates at a step, so that some of the catch-up
-    updates come before the next episode. That is all right because resets go by the number of the
-    update (see resets_due) and not by the step. But an evaluation after the episode of a reset, as
-    at the end of a run, may meet an agent that has not caught up.
+    The loop makes at most ceil(updates_per_step) updates at a step, and the other catch-up updates
+    after the episode. That is all right because resets go by the number of the update (see
+    resets_due) and not by the step.
     """
     since = step - args.warmup_steps
     due = args.pretrain_updates + int(args.updates_per_step * since) if since >= 0 else 0
@@ -1458,7 +1458,7 @@ def check_args(args):
         torch.cuda.set_device(args.device)
     cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else "bf16"
     if args.device == "cpu" and args.precision == "bf16" and "bf16" not in cpu:
-        print("warning: this CPU is slow at --precision bf16; leave it out", file=sys.stderr)
+        print("warning: this CPU is slow with --precision bf16; leave it out", file=sys.stderr)
     busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.7 * os.cpu_count()
     if busy and args.threads > 1:
         print("note: the machine is busy; --threads 1 may be much faster", file=sys.stderr)
@@ -1504,7 +1504,7 @@ def parse_args(words):
 
 def make_run_dir(args, payload):
     """Gives the run's folder, and its lock, which is released once nothing refers to it. A new
-    folder gets the arguments, and a copy of this script, which plays the run when it changes."""
+    folder gets the arguments and a copy of this script, which can play the run later on."""
     if payload:
         run_dir = payload["run_dir"]
         if not (run_dir / "replay").exists():

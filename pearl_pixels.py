@@ -179,7 +179,7 @@ class Args:
         return "state" if self.obs_mode == "state" else "pixels"
 
 
-PUBLISHED = {  # in the code, what None stands for; other families are as cheetah-vel
+PUBLISHED = {  # the code's values for None; other families use those of cheetah-vel
     "cheetah-vel": {"prior_steps": 400, "extra_steps": 600, "meta_batch": 16, "context_size": 100},
     "cheetah-dir": {"prior_steps": 1000, "extra_steps": 1000, "meta_batch": 4, "context_size": 256},
 }
@@ -206,7 +206,7 @@ def algorithm_checks(args):
         ("action_repeat", args.action_repeat != 1, "families set the step's length; leave it out"),
         ("trajectory_steps", args.trajectory_steps > most, f"the family has {most}; lower it"),
         ("prior_steps", not args.prior_steps + args.posterior_steps, "z needs context; raise it"),
-        ("total_frames", args.total_frames <= initial, f"{initial} are only initial; raise it"),
+        ("total_frames", args.total_frames <= initial, f"use more than the initial {initial}"),
         ("task_seed", args.task_seed >= 2**32, "must be below 2^32"),
         ("latent_dim", args.oracle and args.latent_dim < 2, "theta can be 2 numbers; raise it"),
         ("image_size", not convs_fit, "too small for the --conv-strides; raise it"),
@@ -230,7 +230,7 @@ class MetaTask:
         """The suite's start, then theta's changes to the model."""
         self.task.initialize_episode(physics)
         if "rootx" in physics.named.data.qpos.axes.row.names:
-            physics.named.model.geom_pos[0, "x"] = 0.0  # the floor, which would end 2 m behind
+            physics.named.model.geom_pos[0, "x"] = 0.0  # else the floor would end 2 m behind
         self.family.change(physics, self.theta)
         physics.forward()
 
@@ -266,13 +266,13 @@ class Family(NamedTuple):
     base: str  # the suite's task that they are made of
     dt: float  # length of a step [s]
     steps: int  # of a whole trajectory
-    thetas: object  # a list of all there are; or the bounds, a tuple of two, to draw between
+    thetas: object  # a list of all values, or a tuple of two bounds to draw between
     reward: object  # function of MetaTask and physics
     change: object = lambda physics, theta: None  # changes the model at a trajectory's start
 
 
 def walker_reward(task, physics):
-    """The suite's for standing, 0 to 1, of which the speed theta [m/s] is worth five sixths."""
+    """0 to 1: the suite's standing reward; five sixths of it need the speed theta [m/s]."""
     near = max(0.0, 1 - abs(task.velocity(physics) - task.theta))
     return task.task.get_reward(physics) * (1 + 5 * near) / 6
 
@@ -343,7 +343,7 @@ def find_family(env_id):
     """The Family of this name."""
     if env_id not in FAMILIES:
         near = difflib.get_close_matches(env_id, FAMILIES, 3, 0.4) or FAMILIES
-        raise UsageError("env_id", f"there is no family {env_id!r}, but {', '.join(near)}")
+        raise UsageError("env_id", f"there is no family {env_id!r}; try {', '.join(near)}")
     return FAMILIES[env_id]
 
 
@@ -642,8 +642,8 @@ class Agent(nn.Module):
     def update(self, batch):
         """One update from a batch of sample(); metrics as 0-d tensors.
 
-        On CUDA the update is recorded once and then replayed, so that a Python number in it stays
-        what it was when it was recorded. A number that changes from update to update must be a
+        On CUDA the update is recorded once and then replayed, so that a Python number in it keeps
+        the value that it had then. A number that changes from update to update must be a
         tensor of the batch.
         """
         args, optimizers = self.args, self.optimizers
@@ -758,7 +758,7 @@ class UsageError(ValueError):
 
 @contextlib.contextmanager
 def refuse_on(errors, name, remedy):
-    """Turns such errors into a UsageError of one line, which gives their reason in brackets."""
+    """Turns such errors into a one-line UsageError, which gives their reason in brackets."""
     try:
         yield
     except errors as e:
@@ -767,7 +767,7 @@ def refuse_on(errors, name, remedy):
 
 
 def stream(seed, purpose, counter):
-    """Gives a NumPy generator that the arguments seed, and seeds PyTorch from it. No random state
+    """Gives a NumPy generator seeded with the arguments, and seeds PyTorch from it. No random state
     is ever saved: a resumed run draws the same numbers at the same counters."""
     rng = np.random.default_rng([seed, *purpose.encode(), counter])
     torch.manual_seed(int(rng.integers(2**63)))
@@ -921,8 +921,9 @@ class ReplayBuffer:
         self.row += 1
 
     def draw(self, rng, count, length, same_episode_tail):
-        """First rows (count,) of windows of `length` rows whose last `same_episode_tail` rows are
-        of one episode; uniform, with replacement. Raises UsageError if there are hardly any."""
+        """Draws windows of `length` rows whose last `same_episode_tail` rows are of one episode,
+        uniformly, with replacement: their first rows (count,). Raises UsageError if there are
+        hardly any."""
         oldest = max(0, self.row - self.capacity)
         rows = np.empty(0, np.int64)
         for _ in range(1000):
@@ -975,8 +976,8 @@ VIDEO_SIZE = 256  # width and height of a film [pixels]
 
 
 def play_trajectory(agent, env, rng, z, true_state, explore, film=False):
-    """Plays one trajectory with z (1, L). Gives its Steps, their x (steps + 1, X), and images where
-    it is filmed. One in which the simulator diverges is discarded, and another one is played."""
+    """Plays one trajectory with z (1, L). Gives its Steps, their x (steps + 1, X), and images if it
+    is filmed. If the simulator diverges, another one is played in its place."""
     while True:
         carry = {"z": z, "true_state": true_state}
         xs, images = [], []
@@ -997,8 +998,8 @@ def play_trajectory(agent, env, rng, z, true_state, explore, film=False):
 
 
 def evaluate(agent, env, thetas, stop, film=False, true_state=False):
-    """Adapts to every task eval_episodes times: trajectory k is played by the mean action with z
-    from the k trajectories before, the same ones each time. The paper's algorithm 2.  D4
+    """Adapts to every task eval_episodes times: trajectory k has the mean action, and z from the
+    k trajectories before. Every evaluation has the same starts. The paper's algorithm 2.  D4
 
     Gives the returns (tasks, episodes, k + 1), the last posterior means (tasks, episodes, L), the
     CNN's squared errors and the images of the first adaptation, or None if a signal came."""
@@ -1034,9 +1035,9 @@ def evaluate(agent, env, thetas, stop, film=False, true_state=False):
 
 def score(returns):
     """The summary's numbers from returns (tasks, episodes, k + 1): return_by_context, each with the
-    95 % bootstrap interval over tasks; eval_return, the one after two trajectories; and gain, that
-    less the one after none, with its standard error over tasks, or over episodes where two tasks
-    are all there are."""
+    95 % bootstrap interval over tasks; eval_return, the one after two trajectories; and gain, how
+    much that is above the one after none, with its standard error over tasks, or over episodes if
+    there are only two tasks."""
     n = len(returns)
     by_task = returns.mean(1)  # (tasks, k + 1)
     resampled = by_task[np.random.default_rng(0).integers(0, n, (1000, n))].mean(1)
@@ -1490,7 +1491,7 @@ def check_args(args):
         torch.cuda.set_device(args.device)
     cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else "bf16"
     if args.device == "cpu" and args.precision == "bf16" and "bf16" not in cpu:
-        print("warning: this CPU is slow at --precision bf16; leave it out", file=sys.stderr)
+        print("warning: this CPU is slow with --precision bf16; leave it out", file=sys.stderr)
     busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.7 * os.cpu_count()
     if busy and args.threads > 1:
         print("note: the machine is busy; --threads 1 may be much faster", file=sys.stderr)
@@ -1536,7 +1537,7 @@ def parse_args(words):
 
 def make_run_dir(args, payload):
     """Gives the run's folder, and its lock, which is released once nothing refers to it. A new
-    folder gets the arguments, and a copy of this script, which plays the run when it changes."""
+    folder gets the arguments and a copy of this script, which can play the run later on."""
     if payload:
         run_dir = payload["run_dir"]
         if not (run_dir / "replay").exists():

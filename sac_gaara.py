@@ -5,7 +5,7 @@
 #     "tensorboard>=2.20,<3", "imageio>=2.37,<3", "tqdm>=4.66,<5", "pytest>=8",
 # ]
 # ///
-"""SAC+GAARA: SAC+AE; an annealed contrastive loss between two crops also trains the encoder.
+"""SAC+GAARA: SAC+AE with an annealed contrastive loss between two crops for the encoder.
 
 Chen & Gong 2022, SAC+GAARA: Generate Augmented And Reconstructable latent states with Ae, report
 and code: https://github.com/Otsuts/SAC-GAARA. It builds on CURL (Laskin et al. 2020,
@@ -34,7 +34,7 @@ A tag such as [SAC+AE J(Q)] names the formula behind a line; D1 is the first dif
 Differences from the paper and the authors' code
 D1  The actor's optimizer does not hold the convs, which actor and critic share, unless
     --actor-trains-encoder is given. Theirs holds them, but with a gradient that is always zero.
-D2  Actor and decoder read one pass of the convs over obs. Theirs makes two, with equal results.
+D2  Actor and decoder share one pass of the convs over obs. Theirs has two, with equal results.
 D3  Bootstrapping follows dm_control's discount, which is 1 at a time limit. Their code keeps a done
     flag and sets it to 0 at the time limit. The targets are equal if only the limit ends episodes.
 D4  Evaluation has its own environment, seed and random numbers. Theirs shares those of training.
@@ -147,7 +147,7 @@ class Args:
     critic_lr: float = 1e-3  # Adam's learning rate for the critic (paper 1e-3)
     actor_lr: float = 1e-3  # Adam's learning rate for the actor (paper 1e-3)
     alpha_lr: float = 1e-4  # Adam's learning rate for log alpha (paper 1e-4)
-    encoder_lr: float = 1e-3  # Adam's learning rate for the encoder outside J(Q) (paper 1e-3)
+    encoder_lr: float = 1e-3  # Adam's learning rate for the encoder, except in J(Q) (paper 1e-3)
     decoder_lr: float = 1e-3  # Adam's learning rate for the decoder (paper 1e-3)
     alpha_beta1: float = 0.5  # Adam's beta1 for log alpha (paper 0.5)
     init_temperature: float = 0.1  # alpha at the start (paper 0.1)
@@ -510,7 +510,7 @@ class Agent(nn.Module):
 
     def contrastive_loss(self, z_a, z_p):
         """InfoNCE, the cross entropy of finding each anchor's positive in the batch; or the squared
-        error between the two as the decoder, which is only read, decodes them. z_a, z_p (B, D)."""
+        error between their decoded images. The decoder is only read. z_a, z_p (B, D)."""
         if self.args.contrast == "discriminator":
             return F.mse_loss(self.decoder(z_a), self.decoder(z_p))  # [GAARA (11)]
         with torch.autocast(z_a.device.type, enabled=False):  # as Float32Linear
@@ -523,8 +523,8 @@ class Agent(nn.Module):
         return max(floor, self.args.contrast_weight - self.args.contrast_decay * self.updates)  # D9
 
     def cadence(self):
-        """What this update moves. In the first burst it moves everything, as in the authors' code,
-        whose cadence follows the number of the environment's step: 1000 throughout that burst."""
+        """What this update moves. In the first burst it moves everything, as in the authors' code:
+        its cadence counts environment steps, and the count stays at 1000 during that burst."""
         since = self.updates - self.args.pretrain_updates + 1
 
         def due(every):
@@ -647,7 +647,7 @@ class UsageError(ValueError):
 
 @contextlib.contextmanager
 def refuse_on(errors, name, remedy):
-    """Turns such errors into a UsageError of one line, which gives their reason in brackets."""
+    """Turns such errors into a one-line UsageError, which gives their reason in brackets."""
     try:
         yield
     except errors as e:
@@ -656,7 +656,7 @@ def refuse_on(errors, name, remedy):
 
 
 def stream(seed, purpose, counter):
-    """Gives a NumPy generator that the arguments seed, and seeds PyTorch from it. No random state
+    """Gives a NumPy generator seeded with the arguments, and seeds PyTorch from it. No random state
     is ever saved: a resumed run draws the same numbers at the same counters."""
     rng = np.random.default_rng([seed, *purpose.encode(), counter])
     torch.manual_seed(int(rng.integers(2**63)))
@@ -826,8 +826,9 @@ class ReplayBuffer:
         self.row += 1
 
     def draw(self, rng, count, length, same_episode_tail):
-        """First rows (count,) of windows of `length` rows whose last `same_episode_tail` rows are
-        of one episode; uniform, with replacement. Raises UsageError if there are hardly any."""
+        """Draws windows of `length` rows whose last `same_episode_tail` rows are of one episode,
+        uniformly, with replacement: their first rows (count,). Raises UsageError if there are
+        hardly any."""
         oldest = max(0, self.row - self.capacity)
         rows = np.empty(0, np.int64)
         for _ in range(1000):
@@ -1279,7 +1280,7 @@ def check_args(args):
         torch.cuda.set_device(args.device)
     cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else "bf16"
     if args.device == "cpu" and args.precision == "bf16" and "bf16" not in cpu:
-        print("warning: this CPU is slow at --precision bf16; leave it out", file=sys.stderr)
+        print("warning: this CPU is slow with --precision bf16; leave it out", file=sys.stderr)
     busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.7 * os.cpu_count()
     if busy and args.threads > 1:
         print("note: the machine is busy; --threads 1 may be much faster", file=sys.stderr)
@@ -1325,7 +1326,7 @@ def parse_args(words):
 
 def make_run_dir(args, payload):
     """Gives the run's folder, and its lock, which is released once nothing refers to it. A new
-    folder gets the arguments, and a copy of this script, which plays the run when it changes."""
+    folder gets the arguments and a copy of this script, which can play the run later on."""
     if payload:
         run_dir = payload["run_dir"]
         if not (run_dir / "replay").exists():

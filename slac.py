@@ -27,7 +27,7 @@ In a sequence, action[t] led to image t, and reward[t] came with it. The paper's
 A tag such as [SLAC J(Q)] names the formula behind a line; D1 is the first difference below.
 
 Differences from the paper and the authors' code
-D1  The actor's loss is taken at the last image but one, as in the authors' code. The paper's
+D1  The actor's loss is taken at the second-to-last image, as in the authors' code. The paper's
     equation 10 takes it at the last.
 D2  The model, the critic and the actor step in turn, and the model has 32 sequences of its own.
     Theirs computes all gradients first, and the model learns from 32 of the 256 sequences.
@@ -184,9 +184,9 @@ def algorithm_checks(args):
     lacks_past = needs_past and not args.temporal
     return [
         ("total_frames", args.total_frames <= warmup, f"use more than the warm-up's {warmup}"),
-        ("channels", not args.channels, "must be one number at least"),
+        ("channels", not args.channels, "needs at least one number"),
         ("image_size", args.image_size % unit > 0, f"must be a multiple of {unit}, see --channels"),
-        ("actions", not fits, "must be 2 at least, and below 1000 and the --warmup-steps"),
+        ("actions", not fits, "must be at least 2, and below 1000 and the --warmup-steps"),
         ("temporal", lacks_past, "a recurrent z2 and a deterministic z1 need it; use --temporal"),
     ]
 
@@ -288,7 +288,7 @@ class LatentModel(nn.Module):
     """Latents z (B, Z) of images and actions, z1 and z2 side by side, and what follows from them.
 
     z2 given z1 has the same network in the prior p and in the posterior q, so that only z1 has a
-    KL. What p and q of the next z1 know of the past is the context: z2 (without it, z1) and the
+    KL. The context is what p and q of the next z1 know of the past: z2 (without it, z1) and the
     action, or the recurrent state after both.
     """
 
@@ -505,7 +505,7 @@ class Agent(nn.Module):
         return seen
 
     def kl_loss(self, q, p, started):
-        """KL(q || p) of z1, each (mean, std), summed over time. Of deterministic ones (std 1) it is
+        """KL(q || p) of z1, each (mean, std), summed over time. For deterministic z1 (std 1) it is
         half the squared distance of the means, without the starts, whose prior is not learned."""
         kl = kl_divergence(q, p)  # (B, T)
         if self.args.z1 == "deterministic":
@@ -595,7 +595,7 @@ class Agent(nn.Module):
             kinds = {args.actor_input, args.critic_input}
             with torch.no_grad():  # neither the critic nor the actor trains the model
                 seen = self.features_for(sac["obs"], sac["action"], sac["is_first"], kinds)
-            # two windows: one ends at the last image but one, the other at the last
+            # two windows: one ends at the second-to-last image, the other at the last
             for_actor, next_for_actor = seen[args.actor_input].unbind(1)  # (B, S)
             for_critic, next_for_critic = seen[args.critic_input].unbind(1)
             arrival = [sac[name][:, -1] for name in ("action", "reward", "discount")]  # (B, ...)
@@ -663,7 +663,7 @@ class UsageError(ValueError):
 
 @contextlib.contextmanager
 def refuse_on(errors, name, remedy):
-    """Turns such errors into a UsageError of one line, which gives their reason in brackets."""
+    """Turns such errors into a one-line UsageError, which gives their reason in brackets."""
     try:
         yield
     except errors as e:
@@ -672,7 +672,7 @@ def refuse_on(errors, name, remedy):
 
 
 def stream(seed, purpose, counter):
-    """Gives a NumPy generator that the arguments seed, and seeds PyTorch from it. No random state
+    """Gives a NumPy generator seeded with the arguments, and seeds PyTorch from it. No random state
     is ever saved: a resumed run draws the same numbers at the same counters."""
     rng = np.random.default_rng([seed, *purpose.encode(), counter])
     torch.manual_seed(int(rng.integers(2**63)))
@@ -842,8 +842,9 @@ class ReplayBuffer:
         self.row += 1
 
     def draw(self, rng, count, length, same_episode_tail):
-        """First rows (count,) of windows of `length` rows whose last `same_episode_tail` rows are
-        of one episode; uniform, with replacement. Raises UsageError if there are hardly any."""
+        """Draws windows of `length` rows whose last `same_episode_tail` rows are of one episode,
+        uniformly, with replacement: their first rows (count,). Raises UsageError if there are
+        hardly any."""
         oldest = max(0, self.row - self.capacity)
         rows = np.empty(0, np.int64)
         for _ in range(1000):
@@ -1297,7 +1298,7 @@ def check_args(args):
         torch.cuda.set_device(args.device)
     cpu = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else "bf16"
     if args.device == "cpu" and args.precision == "bf16" and "bf16" not in cpu:
-        print("warning: this CPU is slow at --precision bf16; leave it out", file=sys.stderr)
+        print("warning: this CPU is slow with --precision bf16; leave it out", file=sys.stderr)
     busy = hasattr(os, "getloadavg") and os.getloadavg()[0] > 0.7 * os.cpu_count()
     if busy and args.threads > 1:
         print("note: the machine is busy; --threads 1 may be much faster", file=sys.stderr)
@@ -1343,7 +1344,7 @@ def parse_args(words):
 
 def make_run_dir(args, payload):
     """Gives the run's folder, and its lock, which is released once nothing refers to it. A new
-    folder gets the arguments, and a copy of this script, which plays the run when it changes."""
+    folder gets the arguments and a copy of this script, which can play the run later on."""
     if payload:
         run_dir = payload["run_dir"]
         if not (run_dir / "replay").exists():

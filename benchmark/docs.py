@@ -23,6 +23,8 @@ import textwrap
 from pathlib import Path
 
 import diff
+import report
+import studies
 from run import SCRIPTS
 from tqdm import tqdm
 
@@ -127,7 +129,7 @@ def screen():
 
 def scripts():
     """The scripts in the order in which to read them."""
-    rows = [("file", "lines", "of these networks and Agent", "new in it")]
+    rows = [("file", "lines", "of them networks and `Agent`", "new in it")]
     for name in SCRIPTS:
         lines = lines_of(name)
         first, last = (
@@ -263,6 +265,23 @@ def smoke():
     return rows_to_table(*rows)
 
 
+def study(name):
+    """What a study reached at the end of its runs: on each task the interquartile mean, its 95 %
+    interval, and every seed; and the random policy."""
+    labels = list(studies.STUDIES[name])
+    curves = sorted(report.load([RESULTS / name]), key=lambda curve: labels.index(curve.label))
+    tasks = list(dict.fromkeys(curve.env_id for curve in curves))
+    rows = {"random policy": [], **{c.label.removesuffix(c.env_id): [] for c in curves}}
+    for c in curves:
+        ends = c.table()[1][:, -1]
+        text = report.number(report.interval(ends), report.iqm(ends))
+        rows[c.label.removesuffix(c.env_id)].append(f"{text}: {', '.join(map(report.whole, ends))}")
+    for task in tasks:
+        values = [value for c in curves if c.env_id == task for value in c.random.values()]
+        rows["random policy"].append(f"{min(values):.0f} to {max(values):.0f}")
+    return rows_to_table(["variant", *tasks], *([label, *row] for label, row in rows.items()))
+
+
 def equality():
     """The largest difference of losses and parameters from other code, from what equal.py wrote."""
     rows = [("script", "the other code", "largest difference")]
@@ -282,7 +301,7 @@ def equality():
 
 def peers():
     """Ratios to the authors' code, from what speed.py printed."""
-    rows = [("two updates, batches drawn", "the other code", "ours", "theirs", "")]
+    rows = [("time of two updates and their batches", "the other code", "ours", "theirs", "")]
     for stem, (ours, theirs) in PEERS.items():
         text = (RESULTS / "speed" / f"{stem}.txt").read_text()
         times = [float(ms) / 1000 for ms in re.findall(r"two updates +(\d+\.\d+)", text)]
