@@ -27,7 +27,7 @@ CURVES = {"sac_ae": "SAC+AE", "sac_gaara": "SAC+GAARA (anneal to 0.5)",
 LENGTH = "--total-frames 1_440_000"  # of the report's runs
 BASELINE = "--contrast none --image-size 84 --replay-capacity 100000"  # its SAC+AE
 FINAL, REPORT = "SAC+GAARA (anneal to 0.5)", "SAC+AE (GAARA report baseline)"
-LECTURE = "--smoke --threads 1 --no-video --eval-every-frames 12000"  # minutes on one core
+LECTURE = "--smoke --threads 1 --no-video"  # at most five minutes per run on one core
 DREAMER = "--total-frames 250000"
 # What Bednarz's study puts together, and DreamerV2 can do without. The sizes are the studies' own
 # where they have one; how far resets are apart and the weights of the losses are ours.
@@ -38,6 +38,11 @@ EFFICIENCY = {
     "contrastive": "--infonce-weight 1",
     "SPR": "--spr-weight 1",
     "masked": "--mask-ratio 0.5",
+}
+SMALL_EFFICIENCY = EFFICIENCY | {
+    "replay ratio": "--updates-per-step 1",  # 0.5 is the smoke run's
+    "resets": "--reset transition --reset-every-updates 700 --catch-up-updates 100",
+    "shift": "--shift 2",
 }
 
 
@@ -90,7 +95,7 @@ STUDIES = {
         "random encoder": "--freeze-encoder --reconstruction none",
         "alternating, every 100": "--freeze-encoder --decoder-every-updates 100",
         "alternating, every 1": "--freeze-encoder",
-    }, LECTURE),
+    }, f"{LECTURE} --eval-every-frames 12000"),
     "gaara-figure-3": gaara("cheetah-run", {
         "SAC+AE": (BASELINE, REPORT), "annealed to 0.5": ("", FINAL),
         "annealed to 0.2": ("--contrast-floor 0.2", "SAC+GAARA (anneal to 0.2)"),
@@ -113,6 +118,22 @@ STUDIES = {
         "one joint loss": ("--contrast-step joint --contrast-weight 1e-3 --contrast-floor 0 "
                            "--contrast-decay 2e-9", ""),
     }),
+    # The weight falls from 1 to 0.06 within two thirds of a run; at 1e-6 it would stay at 1.
+    "lecture-gaara": each("sac_gaara", "finger-spin", {
+        "annealed to 0.5": "", "annealed to 0.2": "--contrast-floor 0.2",
+        "annealed to 0.06": "--contrast-floor 0.06", "not annealed": "--contrast-floor 1",
+        "learning rate annealed": "--anneal lr",
+        "one joint loss": "--contrast-step joint --contrast-weight 1e-3 --contrast-floor 0 "
+                          "--contrast-decay 3.4e-7",
+        "release 1": "--obs-crop random --contrast-step joint --no-train-similarity "
+                     "--contrast-weight 2e-8",
+        "release 2": "--obs-crop random",
+        "decoder as discriminator": "--contrast discriminator --contrast-floor 1",
+        "SAC+AE": "--contrast none --image-size 40",
+        "CURL": "--reconstruction none --obs-crop random --no-latent-tanh --contrast-floor 1 "
+                "--pretrain-updates 1",
+        "RAD": "--reconstruction none --contrast none --obs-crop random",
+    }, f"{LECTURE} --total-frames 36000 --eval-every-frames 12000 --contrast-decay 3.4e-4"),
     "slac-a-model": each("slac", "cheetah-run", {
         "fully stochastic": "", "partially stochastic": "--z2 deterministic",
         "fully deterministic": "--z1 deterministic --z2 deterministic",
@@ -151,6 +172,12 @@ STUDIES = {
         **{f"all but {name}": without(EFFICIENCY, name) for name in EFFICIENCY},
         **{f"{name} alone": flags for name, flags in EFFICIENCY.items()},
     }, DREAMER),
+    "lecture-dreamerv2": each("dreamerv2", "cheetah-run", {
+        "none": "", "replay ratio halved": "--updates-per-step 0.25",
+        "all": without(SMALL_EFFICIENCY, None),
+        **{f"all but {name}": without(SMALL_EFFICIENCY, name) for name in SMALL_EFFICIENCY},
+        **{f"{name} alone": flags for name, flags in SMALL_EFFICIENCY.items()},
+    }, f"{LECTURE} --total-frames 15000"),
     "pearl-velocities": each("pearl_pixels", "cheetah-vel", {
         "PEARL from states": "", "oracle": "--oracle"},
         "--obs-mode state --total-frames 308000 --initial-steps 400 --prior-steps 200 "
