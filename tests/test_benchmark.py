@@ -25,7 +25,9 @@ RUN = [sys.executable, str(ROOT / "benchmark" / "run.py")]
 def test_every_study_is_made_of_commands_that_the_scripts_take():
     for variant in itertools.chain(*(study.values() for study in studies.STUDIES.values())):
         module = importlib.import_module(variant.script)
-        args = tyro.cli(module.Args, args=["--env-id", variant.env_id, *variant.flags.split()])
+        words = ["--env-id", variant.env_id, *variant.flags.split()]
+        default = module.Args(**module.SMOKE) if "--smoke" in words else None
+        args = tyro.cli(module.Args, args=words, default=default)
         assert not [flag for flag, wrong, _ in module.algorithm_checks(args) if wrong], variant
 
 
