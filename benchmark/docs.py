@@ -259,7 +259,7 @@ def smoke():
         runs = json.loads((RESULTS / "smoke" / name / "meta.json").read_text())["runs"]
         minutes = sorted(run["wall_s"] for run in runs)[len(runs) // 2] / 60
         random = [r.get("return_by_context", [[r["random_return"]]])[0][0] for r in runs]
-        texts = [f"{runs[0]['frames']:,}", ", ".join(f"{v:.1f}" for v in random)]
+        texts = [f"{runs[0]['frames']:,}", ", ".join(f"{round(v, 1) + 0.0:.1f}" for v in random)]
         texts += [", ".join(f"{run['eval_return']:.0f}" for run in runs), f"{minutes:.0f}"]
         rows.append((f"[`{name}.py`](/benchmark/results/smoke/{name})", runs[0]["env_id"], *texts))
     return rows_to_table(*rows)
