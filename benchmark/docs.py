@@ -268,14 +268,14 @@ def smoke():
 def study(name):
     """What a study reached at the end of its runs: on each task the interquartile mean, its 95 %
     interval, and every seed; and the random policy."""
-    labels = list(studies.STUDIES[name])
+    labels = [k.removesuffix(v.env_id).strip() for k, v in studies.STUDIES[name].items()]
     curves = sorted(report.load([RESULTS / name]), key=lambda curve: labels.index(curve.label))
     tasks = list(dict.fromkeys(curve.env_id for curve in curves))
-    rows = {"random policy": [], **{c.label.removesuffix(c.env_id): [] for c in curves}}
+    rows = {"random policy": [], **{c.label: [] for c in curves}}
     for c in curves:
         ends = c.table()[1][:, -1]
         text = report.number(report.interval(ends), report.iqm(ends))
-        rows[c.label.removesuffix(c.env_id)].append(f"{text}: {', '.join(map(report.whole, ends))}")
+        rows[c.label].append(f"{text}: {', '.join(map(report.whole, ends))}")
     for task in tasks:
         values = [value for c in curves if c.env_id == task for value in c.random.values()]
         rows["random policy"].append(f"{min(values):.0f} to {max(values):.0f}")

@@ -118,7 +118,8 @@ def collected(folder):
     task = meta["command"].partition("--env-id ")[2].partition(" ")[0]
     task = next((run["env_id"] for run in runs.values() if "env_id" in run), task)
     minutes = {seed: run["wall_s"] / 60 for seed, run in runs.items() if "wall_s" in run}
-    label, curve = meta.get("label", folder.name), meta.get("published", "")
+    label = meta.get("label", folder.name).removesuffix(task).strip()
+    curve = meta.get("published", "")
     return Curve(label, task, curve, rows, failed, random, minutes, meta["hardware"])
 
 
@@ -297,7 +298,7 @@ def over_tasks(curves):
     runs ended; a task that comes twice is another experiment."""
     lines, groups = [], {}
     for c in curves:
-        groups.setdefault(c.label.removesuffix(c.env_id).strip(), []).append(c)
+        groups.setdefault(c.label, []).append(c)
     for label, group in groups.items():
         tasks = [c.env_id for c in group]
         if len(group) == len(set(tasks)) > 1 and all(c.table() and not c.failed for c in group):
@@ -320,6 +321,14 @@ def panels(tasks):
     return figure, axes
 
 
+def note(curve):
+    """What a legend says of a curve's seeds and band."""
+    text = f"{len(curve.rows.keys() | curve.failed.keys())} seeds"
+    text += f", {len(curve.failed)} failed" * bool(curve.failed)
+    band = "least to largest" if len(curve.rows) < ENOUGH else "95 % interval"
+    return text + f", band: {band}" * (len(curve.rows) > 1)
+
+
 def draw(curves, path, per_script=False):
     """One panel per task, or per script and task."""
     groups = {}
@@ -328,6 +337,7 @@ def draw(curves, path, per_script=False):
         groups.setdefault(title, []).append(c)
     figure, axes = panels(groups)
     for axis, here in zip(axes, groups.values(), strict=True):
+        one_note = len(here) > 1 and len({note(c) for c in here}) == 1  # then it is the title
         for c, colour in zip(here, itertools.cycle(COLOURS)):
             drawn = c.table()
             for seed in c.rows:
@@ -335,11 +345,7 @@ def draw(curves, path, per_script=False):
                 axis.plot(x, y, color=colour, lw=0.7, alpha=0.5)
                 if seed in c.failed and len(x):
                     axis.plot(x[-1], y[-1], "x", color=colour, ms=9, mew=2)
-            name = c.label.removesuffix(c.env_id).strip()
-            label = f"{name} ({len(c.rows.keys() | c.failed.keys())} seeds"
-            label += f", {len(c.failed)} failed" * bool(c.failed)
-            band = "least to largest" if len(c.rows) < ENOUGH else "95 % interval"
-            label += f", band: {band})" if len(c.rows) > 1 else ")"
+            label = c.label if one_note else f"{c.label} ({note(c)})"
             if drawn:
                 x, y = drawn
                 axis.plot(x, iqm(y.T), color=colour, lw=2.5, label=textwrap.fill(label, 38))
@@ -371,7 +377,8 @@ def draw(curves, path, per_script=False):
             axis.axhline(np.mean(randoms), color="grey", lw=1.2, ls=":", label="random policy")
         axis.set(xlabel="frames", xlim=(0, None))
         axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1e3:g}k" if x < 1e6 else f"{x / 1e6:g}M")
-        axis.legend(fontsize=8)
+        title = note(here[0]) if one_note else None
+        axis.legend(title=title, fontsize=8, title_fontsize=8, ncols=2 if len(here) > 4 else 1)
     figure.savefig(path)
 
 

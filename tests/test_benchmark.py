@@ -153,8 +153,8 @@ def test_a_report_names_failures_and_adds_up_tasks():
     cut = {1: rows(10, 20, 30, 40), 2: rows(20, 30), 3: rows(30, 40, 50, 60)}
     failed = {2: "out of memory", 7: "not finished"}
     curves = [
-        report.Curve("sac_ae cheetah-run", "cheetah-run", "", whole, {}, {1: 5.0}, {1: 2.0}, ""),
-        report.Curve("sac_ae walker-walk", "walker-walk", "", whole, {}, {1: 5.0}, {1: 2.0}, ""),
+        report.Curve("sac_ae", "cheetah-run", "", whole, {}, {1: 5.0}, {1: 2.0}, ""),
+        report.Curve("sac_ae", "walker-walk", "", whole, {}, {1: 5.0}, {1: 2.0}, ""),
         report.Curve("mine", "walker-walk", "", cut, failed, {}, {}, ""),
         report.Curve("long", "finger-spin", "SAC+AE", {1: rows(*range(500))}, {}, {}, {}, ""),
     ]
@@ -163,7 +163,7 @@ def test_a_report_names_failures_and_adds_up_tasks():
     assert "- sac_ae, cheetah-run, walker-walk, 4 runs: 20 (20 to 20)" in text
     assert "| mine | 4 | 2,000 | 30 (20 to 40) | 40, 30 (failed), 60, - (failed) |" in text
     assert "Failed: mine, walker-walk, seed 2: out of memory" in text
-    assert "walker-walk: sac_ae walker-walk and mine: not compared, as seeds failed." in text
+    assert "walker-walk: sac_ae and mine: not compared, as seeds failed." in text
     frames, returns, _, source = report.published("SAC+AE", "finger-spin")
     assert source == "SAC+AE, n = 10, read off a plot"
     assert f"| - | {np.interp(500_000, frames, returns):.0f} | - |" in text
