@@ -150,6 +150,19 @@ STUDIES = {
         f"{n:,} updates": f"--pretrain-updates {n}" for n in (0, 10_000, 50_000, 100_000)}),
     "slac-d-updates": each("slac", "cheetah-run", {
         f"{n} per step": f"--updates-per-step {n}" for n in (1, 2, 3)}),
+    "lecture-slac": each("slac", "finger-spin", {
+        "SLAC": "", "partially stochastic": "--z2 deterministic",
+        "fully deterministic": "--z1 deterministic --z2 deterministic",
+        "VAE, two latents": "--no-temporal", "VAE, one latent": "--z2 none --no-temporal",
+        "filter, one latent": "--z2 none", "recurrent state": "--z2 recurrent",
+        "actor and critic: history": "--critic-input history",
+        "actor and critic: latent": "--actor-input latent",
+        "actor: latent, critic: history": "--actor-input latent --critic-input history",
+        "no pretraining": "--pretrain-updates 0", "1000 updates before": "--pretrain-updates 1000",
+    }, f"{LECTURE} --total-frames 20000"),
+    "lecture-slac-updates": each("slac", "finger-spin", {
+        f"{n} per step": f"--updates-per-step {n}" for n in (1, 2, 3)},
+        f"{LECTURE} --total-frames 12000"),
     "slac-gym": {name: Variant(
         "slac", f"benchmark/gym_tasks.py:{name}", f"--action-repeat {repeat} "
         f"--warmup-steps 10000 --total-frames {frames}", "SLAC (OpenAI Gym)")
