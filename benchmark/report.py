@@ -349,7 +349,9 @@ def draw(curves, path, per_script=False):
             if drawn:
                 x, y = drawn
                 axis.plot(x, iqm(y.T), color=colour, lw=2.5, label=textwrap.fill(label, 38))
-                axis.fill_between(x, *interval(y.T), color=colour, alpha=0.15, lw=0)
+                axis.fill_between(
+                    x, *interval(y.T), color=colour, alpha=0.6 / max(4, len(here)), lw=0
+                )
             else:
                 axis.plot([], [], color=colour, lw=2.5, label=textwrap.fill(label, 38))
             reference = published(c.published, c.env_id)
