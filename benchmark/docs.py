@@ -271,15 +271,17 @@ def study(name):
     labels = [k.removesuffix(v.env_id).strip() for k, v in studies.STUDIES[name].items()]
     curves = sorted(report.load([RESULTS / name]), key=lambda curve: labels.index(curve.label))
     tasks = list(dict.fromkeys(curve.env_id for curve in curves))
-    rows = {"random policy": [], **{c.label: [] for c in curves}}
+    cells = {}
     for c in curves:
         ends = c.table()[1][:, -1]
         text = report.number(report.interval(ends), report.iqm(ends))
-        rows[c.label].append(f"{text}: {', '.join(map(report.whole, ends))}")
+        cells[c.label, c.env_id] = f"{text}: {', '.join(map(report.whole, ends))}"
     for task in tasks:
         values = [value for c in curves if c.env_id == task for value in c.random.values()]
-        rows["random policy"].append(f"{min(values):.0f} to {max(values):.0f}")
-    return rows_to_table(["variant", *tasks], *([label, *row] for label, row in rows.items()))
+        cells["random policy", task] = f"{report.whole(min(values))} to {report.whole(max(values))}"
+    labels = ["random policy", *dict.fromkeys(c.label for c in curves)]
+    rows = ((label, *(cells.get((label, task), "") for task in tasks)) for label in labels)
+    return rows_to_table(("variant", *tasks), *rows)
 
 
 def equality():
