@@ -321,6 +321,12 @@ def panels(tasks):
     return figure, axes
 
 
+def colour_of(curves):
+    """{label: colour}, the same in all panels."""
+    labels = dict.fromkeys(curve.label for curve in curves)
+    return dict(zip(labels, itertools.cycle(COLOURS), strict=False))
+
+
 def note(curve):
     """What a legend says of a curve's seeds and band."""
     text = f"{len(curve.rows.keys() | curve.failed.keys())} seeds"
@@ -336,9 +342,11 @@ def draw(curves, path, per_script=False):
         title = f"{c.label.split()[0]}, {c.env_id}" if per_script else c.env_id
         groups.setdefault(title, []).append(c)
     figure, axes = panels(groups)
+    colours = colour_of(curves)
     for axis, here in zip(axes, groups.values(), strict=True):
         one_note = len(here) > 1 and len({note(c) for c in here}) == 1  # then it is the title
-        for c, colour in zip(here, itertools.cycle(COLOURS)):
+        for c in here:
+            colour = colours[c.label]
             drawn = c.table()
             for seed in c.rows:
                 x, y = c.points(seed)
@@ -366,11 +374,11 @@ def draw(curves, path, per_script=False):
                 axis.plot(x, y, color=colour, lw=1.5, ls="--", label=textwrap.fill(label, 38))
         rows = [row for c in here for run in c.rows.values() for row in run]
         if any("eval/return_0" in row for row in rows):  # a PEARL without context is its own
-            for c, colour in zip(here, itertools.cycle(COLOURS)):
+            for c in here:
                 if c.random:
                     axis.axhline(
                         np.mean(list(c.random.values())),
-                        color=colour,
+                        color=colours[c.label],
                         lw=1.2,
                         ls=":",
                         label=textwrap.fill(f"{c.label}, without context", 38),
@@ -399,8 +407,10 @@ def adaptation(curves, path):
     if not tasks:
         return False
     figure, axes = panels(tasks)
+    colours = colour_of(curves)
     for axis, task in zip(axes, tasks, strict=True):
-        for c, colour in zip([c for c in curves if c.env_id == task], itertools.cycle(COLOURS)):
+        for c in [c for c in curves if c.env_id == task]:
+            colour = colours[c.label]
             for prefix, style, note in (
                 ("eval/return_", "-", ""),
                 ("eval/true_state_return_", "--", ", true state"),
