@@ -100,12 +100,12 @@ from tqdm import tqdm
 class Args:
     # run
     env_id: str = "cheetah-vel"  # <domain>-<task> of the dm_control suite (here a family of tasks)
-    smoke: bool = False  # small images and networks that learn visibly in minutes on two CPU cores
-    seed: int = 1  # random seed of the environment, the networks and the sampling
+    smoke: bool = False  # a small run that learns visibly in minutes on two CPU cores
+    seed: int = 1  # random seed for the environment, the networks and the sampling
     total_frames: int = 520_000  # length of the run; the last episode is completed [frames]
     device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto uses a GPU if there is one
     resume: str = ""  # continue the run in this folder, with its arguments as defaults
-    evaluate: str = ""  # play and film the trained agent of the run in this folder
+    evaluate: str = ""  # play the trained agent of the run in this folder, and film it
     video: bool = True  # film the first episode of every evaluation (here the first task's)
     track: bool = False  # also log to Weights & Biases
     runs_dir: str = "runs"  # parent of the run's folder
@@ -788,7 +788,7 @@ class Step(NamedTuple):
     discount: float  # 0 where the task ended for good; 1 everywhere else, at a time limit too
     first: bool  # an episode starts
     last: bool  # the episode is over
-    frames: int  # simulated in this step: action_repeat, or fewer at an episode's end
+    frames: int  # how many were simulated: action_repeat, or fewer at an episode's end
 
 
 def load_task(env_id, random):
@@ -1231,7 +1231,7 @@ def record(agent, name, cadence=tuple):
         for place, new in zip(tree_leaves(places[key]), tree_leaves(inputs), strict=True):
             if isinstance(place, torch.Tensor):
                 place.copy_(new)
-        if calls[key] <= 3:  # these calls choose algorithms and create Adam's moments
+        if calls[key] <= 3:  # here cuDNN chooses algorithms, and Adam creates its moments
             now = torch.cuda.current_stream()
             side_stream.wait_stream(now)
             with torch.cuda.stream(side_stream):
@@ -1420,7 +1420,7 @@ def train(args, run_dir, stop, payload=None):
             if agent.regresses:  # again with the true state: what do the CNN's errors cost?
                 by_state = evaluate(agent, eval_env, test_thetas, stop, true_state=True)
             if stop.signal:
-                break  # the resumed run evaluates again
+                break  # the resumed run repeats the evaluation
             returns, means, errors, video = result
             row |= report(returns, "eval/")
             if agent.regresses:

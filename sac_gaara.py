@@ -106,12 +106,12 @@ from tqdm import tqdm
 class Args:
     # run
     env_id: str = "cheetah-run"  # <domain>-<task> of the dm_control suite (or module:function)
-    smoke: bool = False  # small images and networks that learn visibly in minutes on two CPU cores
-    seed: int = 1  # random seed of the environment, the networks and the sampling
+    smoke: bool = False  # a small run that learns visibly in minutes on two CPU cores
+    seed: int = 1  # random seed for the environment, the networks and the sampling
     total_frames: int = 1_000_000  # length of the run; the last episode is completed [frames]
     device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto uses a GPU if there is one
     resume: str = ""  # continue the run in this folder, with its arguments as defaults
-    evaluate: str = ""  # play and film the trained agent of the run in this folder
+    evaluate: str = ""  # play the trained agent of the run in this folder, and film it
     video: bool = True  # film the first episode of every evaluation
     track: bool = False  # also log to Weights & Biases
     runs_dir: str = "runs"  # parent of the run's folder
@@ -133,7 +133,7 @@ class Args:
     replay_device: Literal["auto", "cpu"] = "auto"  # cpu: keep the rows out of GPU memory
     warmup_steps: int = 1000  # random steps first; the last episode is completed (paper 1000)
     pretrain_updates: int = 1000  # updates in one burst after the warm-up (authors' code 1000)
-    updates_per_step: float = 1.0  # updates per step after that burst (paper 1)
+    updates_per_step: float = 1.0  # updates per step once the burst is over (paper 1)
     batch_size: int = 128  # samples per batch (transitions; paper 128)
     actor_every_updates: int = 2  # update actor and alpha at every Nth update (paper 2)
     target_every_updates: int = 2  # update the target networks at every Nth update (paper 2)
@@ -677,7 +677,7 @@ class Step(NamedTuple):
     discount: float  # 0 where the task ended for good; 1 everywhere else, at a time limit too
     first: bool  # an episode starts
     last: bool  # the episode is over
-    frames: int  # simulated in this step: action_repeat, or fewer at an episode's end
+    frames: int  # how many were simulated: action_repeat, or fewer at an episode's end
 
 
 def load_task(env_id, random):
@@ -1035,7 +1035,7 @@ def record(agent, name, cadence=tuple):
         for place, new in zip(tree_leaves(places[key]), tree_leaves(inputs), strict=True):
             if isinstance(place, torch.Tensor):
                 place.copy_(new)
-        if calls[key] <= 3:  # these calls choose algorithms and create Adam's moments
+        if calls[key] <= 3:  # here cuDNN chooses algorithms, and Adam creates its moments
             now = torch.cuda.current_stream()
             side_stream.wait_stream(now)
             with torch.cuda.stream(side_stream):
@@ -1137,7 +1137,8 @@ def train(args, run_dir, stop, payload=None):
         zeros = ["step", "frames", "episode", "updates", "evaluated", "row"]
         progress = SimpleNamespace(**dict.fromkeys(zeros, 0), wall_s=0.0, saved_wall_s=0.0)
         vars(progress).update(random_return=None, eval_return=None, metrics={}, rows=[])
-    rows = total_steps + args.total_frames // 1000 + 1000  # steps, episode starts, last episode
+    # also for the starts of episodes and for the last episode
+    rows = total_steps + args.total_frames // 1000 + 1000
     rows = max(rows, progress.row + 1)
     with refuse_on(OSError, "runs_dir", f"no room for {rows:,} rows of the replay buffer"):
         buffer = ReplayBuffer(run_dir / "replay", rows, args, env.spec)
@@ -1183,7 +1184,7 @@ def train(args, run_dir, stop, payload=None):
         elif missed or (finished and progress.evaluated < progress.frames):
             returns, video = evaluate(agent.act, eval_env, args.eval_episodes, stop, args.video)
             if stop.signal:
-                break  # the resumed run evaluates again
+                break  # the resumed run repeats the evaluation
             progress.evaluated = progress.frames
             mean = returns.mean().item()
             std = returns.std().item()

@@ -98,12 +98,12 @@ from tqdm import tqdm
 class Args:
     # run
     env_id: str = "cheetah-run"  # <domain>-<task> of the dm_control suite (or module:function)
-    smoke: bool = False  # small images and networks that learn visibly in minutes on two CPU cores
-    seed: int = 1  # random seed of the environment, the networks and the sampling
+    smoke: bool = False  # a small run that learns visibly in minutes on two CPU cores
+    seed: int = 1  # random seed for the environment, the networks and the sampling
     total_frames: int = 1_000_000  # length of the run; the last episode is completed [frames]
     device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto uses a GPU if there is one
     resume: str = ""  # continue the run in this folder, with its arguments as defaults
-    evaluate: str = ""  # play and film the trained agent of the run in this folder
+    evaluate: str = ""  # play the trained agent of the run in this folder, and film it
     video: bool = True  # film the first episode of every evaluation
     track: bool = False  # also log to Weights & Biases
     runs_dir: str = "runs"  # parent of the run's folder
@@ -124,7 +124,7 @@ class Args:
     replay_device: Literal["auto", "cpu"] = "auto"  # cpu: keep the rows out of GPU memory
     warmup_steps: int = 0  # random steps first; the last episode is completed (0: 10,000 frames)
     pretrain_updates: int = 50_000  # updates in one burst after the warm-up (model; paper 50,000)
-    updates_per_step: float = 1.0  # updates per step after that burst (paper 1)
+    updates_per_step: float = 1.0  # updates per step once the burst is over (paper 1)
     model_batch_size: int = 32  # sequences per update of the model (paper 32)
     sac_batch_size: int = 256  # sequences per update of actor and critic (paper 256)
     actions: int = 8  # actions per sequence, which has one image more (paper 8)
@@ -142,7 +142,7 @@ class Args:
     alpha_lr: float = 3e-4  # Adam's learning rate for log alpha (paper 3e-4)
     init_temperature: float = 1.0  # alpha at the start (paper 1)
     critic_tau: float = 0.005  # Polyak coefficient of the target Qs (paper 0.005)
-    decoder_variance: float = 0.1  # variance of a pixel in [0, 1] (paper 0.1, or tuned per task)
+    decoder_variance: float = 0.1  # variance of a decoded pixel (paper 0.1, or tuned per task)
     reward_std_floor: float = 1e-5  # least standard deviation of a reward (authors' code 1e-5)
     # variants
     z1: Literal["stochastic", "deterministic"] = "stochastic"  # the latent inferred from each image
@@ -693,7 +693,7 @@ class Step(NamedTuple):
     discount: float  # 0 where the task ended for good; 1 everywhere else, at a time limit too
     first: bool  # an episode starts
     last: bool  # the episode is over
-    frames: int  # simulated in this step: action_repeat, or fewer at an episode's end
+    frames: int  # how many were simulated: action_repeat, or fewer at an episode's end
 
 
 def load_task(env_id, random):
@@ -1051,7 +1051,7 @@ def record(agent, name, cadence=tuple):
         for place, new in zip(tree_leaves(places[key]), tree_leaves(inputs), strict=True):
             if isinstance(place, torch.Tensor):
                 place.copy_(new)
-        if calls[key] <= 3:  # these calls choose algorithms and create Adam's moments
+        if calls[key] <= 3:  # here cuDNN chooses algorithms, and Adam creates its moments
             now = torch.cuda.current_stream()
             side_stream.wait_stream(now)
             with torch.cuda.stream(side_stream):
@@ -1153,7 +1153,8 @@ def train(args, run_dir, stop, payload=None):
         zeros = ["step", "frames", "episode", "updates", "evaluated", "row"]
         progress = SimpleNamespace(**dict.fromkeys(zeros, 0), wall_s=0.0, saved_wall_s=0.0)
         vars(progress).update(random_return=None, eval_return=None, metrics={}, rows=[])
-    rows = total_steps + args.total_frames // 1000 + 1000  # steps, episode starts, last episode
+    # also for the starts of episodes and for the last episode
+    rows = total_steps + args.total_frames // 1000 + 1000
     rows = max(rows, progress.row + 1)
     with refuse_on(OSError, "runs_dir", f"no room for {rows:,} rows of the replay buffer"):
         buffer = ReplayBuffer(run_dir / "replay", rows, args, env.spec)
@@ -1199,7 +1200,7 @@ def train(args, run_dir, stop, payload=None):
         elif missed or (finished and progress.evaluated < progress.frames):
             returns, video = evaluate(agent.act, eval_env, args.eval_episodes, stop, args.video)
             if stop.signal:
-                break  # the resumed run evaluates again
+                break  # the resumed run repeats the evaluation
             progress.evaluated = progress.frames
             mean = returns.mean().item()
             std = returns.std().item()

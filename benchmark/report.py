@@ -327,7 +327,7 @@ def colour_of(curves):
     return dict(zip(labels, itertools.cycle(COLOURS), strict=False))
 
 
-def note(curve):
+def seeds_and_band(curve):
     """What a legend says of a curve's seeds and band."""
     text = f"{len(curve.rows.keys() | curve.failed.keys())} seeds"
     text += f", {len(curve.failed)} failed" * bool(curve.failed)
@@ -344,7 +344,8 @@ def draw(curves, path, per_script=False):
     figure, axes = panels(groups)
     colours = colour_of(curves)
     for axis, here in zip(axes, groups.values(), strict=True):
-        one_note = len(here) > 1 and len({note(c) for c in here}) == 1  # then it is the title
+        # what all curves share is the legend's title
+        one_note = len(here) > 1 and len({seeds_and_band(c) for c in here}) == 1
         for c in here:
             colour = colours[c.label]
             drawn = c.table()
@@ -353,7 +354,7 @@ def draw(curves, path, per_script=False):
                 axis.plot(x, y, color=colour, lw=0.7, alpha=0.5)
                 if seed in c.failed and len(x):
                     axis.plot(x[-1], y[-1], "x", color=colour, ms=9, mew=2)
-            label = c.label if one_note else f"{c.label} ({note(c)})"
+            label = c.label if one_note else f"{c.label} ({seeds_and_band(c)})"
             if drawn:
                 x, y = drawn
                 axis.plot(x, iqm(y.T), color=colour, lw=2.5, label=textwrap.fill(label, 38))
@@ -387,7 +388,7 @@ def draw(curves, path, per_script=False):
             axis.axhline(np.mean(randoms), color="grey", lw=1.2, ls=":", label="random policy")
         axis.set(xlabel="frames", xlim=(0, None))
         axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1e3:g}k" if x < 1e6 else f"{x / 1e6:g}M")
-        title = note(here[0]) if one_note else None
+        title = seeds_and_band(here[0]) if one_note else None
         axis.legend(title=title, fontsize=8, title_fontsize=8, ncols=2 if len(here) > 4 else 1)
     figure.savefig(path)
 

@@ -27,7 +27,7 @@ CURVES = {"sac_ae": "SAC+AE", "sac_gaara": "SAC+GAARA (anneal to 0.5)",
 LENGTH = "--total-frames 1_440_000"  # of the report's runs
 BASELINE = "--contrast none --image-size 84 --replay-capacity 100000"  # its SAC+AE
 FINAL, REPORT = "SAC+GAARA (anneal to 0.5)", "SAC+AE (GAARA report baseline)"
-LECTURE = "--smoke --threads 1 --no-video"  # at most five minutes per run on one core
+LECTURE = "--smoke --threads 1 --no-video"  # minutes per run on one core
 DREAMER = "--total-frames 250000"
 # What Bednarz's study puts together, and DreamerV2 can do without. The sizes are the studies' own
 # where they have one; how far resets are apart and the weights of the losses are ours.
