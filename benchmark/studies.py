@@ -44,6 +44,13 @@ SMALL_EFFICIENCY = EFFICIENCY | {
     "resets": "--reset transition --reset-every-updates 700 --catch-up-updates 100",
     "shift": "--shift 2",
 }
+# What stands between images and PEARL, by Marshall & Khasar.
+DESIGNS = {
+    "states": "--obs-mode state", "states, oracle": "--obs-mode state --oracle",
+    "design 1": "--obs-mode cnn-test", "design 2": "--obs-mode cnn",
+    "design 3": "--obs-mode cnn-rl", "end to end": "--obs-mode critic",
+    "end to end, reconstruction": "--obs-mode ae",
+}  # fmt: skip
 
 
 def without(parts, name):
@@ -200,12 +207,12 @@ STUDIES = {
     "pearl-designs-smoke": each("pearl_pixels", "pendulum-goal2", {
         "design 1, cnn-test": "--obs-mode cnn-test", "design 2, cnn": "--obs-mode cnn",
         "design 3, cnn-rl": "--obs-mode cnn-rl"}, "--smoke"),
-    "pearl-designs": each("pearl_pixels", "cheetah-vel", {
-        "states": "--obs-mode state", "states, oracle": "--obs-mode state --oracle",
-        "design 1": "--obs-mode cnn-test", "design 2": "--obs-mode cnn",
-        "design 3": "--obs-mode cnn-rl", "end to end": "--obs-mode critic",
-        "end to end, reconstruction": "--obs-mode ae",
-    }),
+    "pearl-designs": each("pearl_pixels", "cheetah-vel", DESIGNS),
+    "lecture-pearl": {
+        **on(["pendulum-goal2"], "pearl_pixels", DESIGNS, f"{LECTURE} --total-frames 22000"),
+        **on(["pendulum-goal"], "pearl_pixels", DESIGNS,
+             f"{LECTURE} --total-frames 16500 --eval-episodes 16"),  # 16 for each of ten targets
+    },
 }  # fmt: skip
 
 
