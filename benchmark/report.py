@@ -8,6 +8,7 @@ are seeds; the thick one is their interquartile mean (with three seeds or fewer 
 all of them got, its band the 95 % bootstrap interval, stratified by task where there are several;
 with fewer than five seeds, where that would be too narrow, the band goes from least to largest.
 Dashed: published, from benchmark/published. Dotted: the random policy (PEARL: without context).
+Where a task has more than seven curves, only the thick lines are drawn, and ends.png has the rest.
 """
 
 import argparse
@@ -327,6 +328,11 @@ def colour_of(curves):
     return dict(zip(labels, itertools.cycle(COLOURS), strict=False))
 
 
+def is_crowded(curves):
+    """Whether a panel has more curves than there are colours."""
+    return len(curves) > len(COLOURS)
+
+
 def seeds_and_band(curve):
     """What a legend says of a curve's seeds and band."""
     text = f"{len(curve.rows.keys() | curve.failed.keys())} seeds"
@@ -348,8 +354,9 @@ def draw(curves, path, per_script=False):
         one_note = len(here) > 1 and len({seeds_and_band(c) for c in here}) == 1
         for c in here:
             colour = colours[c.label]
+            style = ("-", (0, (4, 1)), (0, (1, 1)))[here.index(c) // len(COLOURS) % 3]
             drawn = c.table()
-            for seed in c.rows:
+            for seed in c.rows if not is_crowded(here) else ():
                 x, y = c.points(seed)
                 axis.plot(x, y, color=colour, lw=0.7, alpha=0.5)
                 if seed in c.failed and len(x):
@@ -357,10 +364,12 @@ def draw(curves, path, per_script=False):
             label = c.label if one_note else f"{c.label} ({seeds_and_band(c)})"
             if drawn:
                 x, y = drawn
-                axis.plot(x, iqm(y.T), color=colour, lw=2.5, label=textwrap.fill(label, 38))
-                axis.fill_between(
-                    x, *interval(y.T), color=colour, alpha=0.6 / max(4, len(here)), lw=0
-                )
+                label = textwrap.fill(label, 38)
+                axis.plot(x, iqm(y.T), color=colour, lw=2.5, ls=style, label=label)
+                if not is_crowded(here):
+                    axis.fill_between(
+                        x, *interval(y.T), color=colour, alpha=0.6 / max(4, len(here)), lw=0
+                    )
             else:
                 axis.plot([], [], color=colour, lw=2.5, label=textwrap.fill(label, 38))
             reference = published(c.published, c.env_id)
@@ -388,14 +397,42 @@ def draw(curves, path, per_script=False):
             axis.axhline(np.mean(randoms), color="grey", lw=1.2, ls=":", label="random policy")
         axis.set(xlabel="frames", xlim=(0, None))
         axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1e3:g}k" if x < 1e6 else f"{x / 1e6:g}M")
-        title = seeds_and_band(here[0]) if one_note else None
+        title = seeds_and_band(here[0]) if one_note else ""
+        title = title.partition(", band")[0] if is_crowded(here) else title
         axis.legend(title=title, fontsize=8, title_fontsize=8, ncols=2 if len(here) > 4 else 1)
     figure.savefig(path)
 
 
+def draw_ends(curves, path):
+    """Returns at the end of the runs, a row for each curve, where they are many; a panel per task.
+    Gives whether it has drawn."""
+    tasks = list(dict.fromkeys(c.env_id for c in curves if c.table()))
+    if not any(is_crowded([c for c in curves if c.env_id == task]) for task in tasks):
+        return False
+    figure, axes = panels(tasks)
+    for axis, task in zip(axes, tasks, strict=True):
+        here = [c for c in curves if c.env_id == task and c.table()]
+        for row, c in enumerate(here):
+            ends = c.table()[1][:, -1]
+            axis.plot(
+                ends, [row] * len(ends), "o", color=COLOURS[0], ms=4, alpha=0.4, label="seeds"
+            )
+            axis.plot(interval(ends), [row, row], color=COLOURS[0], lw=2, label="95 % interval")
+            axis.plot(iqm(ends), row, "D", color=COLOURS[0], ms=6, label="interquartile mean")
+        if randoms := [value for c in here for value in c.random.values()]:
+            axis.axvline(np.mean(randoms), color="grey", lw=1.2, ls=":", label="random policy")
+        axis.set(xlabel="return at the end", ylabel=None, ylim=(len(here) - 0.5, -0.5))
+        axis.set_yticks(range(len(here)), [c.label for c in here])
+    known = {label: line for line, label in zip(*axes[0].get_legend_handles_labels(), strict=True)}
+    figure.legend(known.values(), known, loc="outside lower center", fontsize=8, ncols=4)
+    figure.savefig(path)
+    return True
+
+
 def adaptation(curves, path):
     """PEARL's return by number of trajectories of context at the end of the runs, a panel per task;
-    dashed: the same agents with the true state in place of the CNN's estimate. True: drawn."""
+    dashed: the same agents with the true state in place of the CNN's estimate. Gives whether it has
+    drawn."""
 
     def ends(c, prefix):
         last = [[r for r in rows if f"{prefix}0" in r][-1:] for rows in c.rows.values()]
@@ -467,7 +504,8 @@ def main():
         sys.exit(f"error: no meta.json and no run folders in {', '.join(map(str, args.folders))}")
     out.mkdir(parents=True, exist_ok=True)
     draw(curves, out / "curves.png", args.per_script)
-    extra = "\n![Adaptation](adaptation.png)\n" * adaptation(curves, out / "adaptation.png")
+    extra = "\n![Returns at the end](ends.png)\n" * draw_ends(curves, out / "ends.png")
+    extra += "\n![Adaptation](adaptation.png)\n" * adaptation(curves, out / "adaptation.png")
     text = report(curves, args.per_script)
     (out / "report.md").write_text(f"![Learning curves](curves.png)\n{extra}\n{text}")
     print(text)

@@ -197,6 +197,16 @@ def test_comparisons_need_five_seeds_and_find_no_more_than_there_is():
 
 
 @pytest.mark.deep
+@pytest.mark.parametrize("n, drawn", [(7, False), (8, True)])
+def test_more_curves_than_colours_get_a_picture_of_their_ends(tmp_path, n, drawn):
+    pytest.importorskip("matplotlib")
+    rows = {seed: [{"frames": 1000.0, "eval/return": 3.0 * seed}] for seed in range(5)}
+    curves = [report.Curve(str(i), "cheetah-run", "", rows, {}, {0: 1.0}, {}, "") for i in range(n)]
+    assert report.draw_ends(curves, tmp_path / "ends.png") is drawn
+    assert (tmp_path / "ends.png").exists() is drawn
+
+
+@pytest.mark.deep
 def test_published_curves_stand_beside_published_settings_only(tmp_path):
     """What changes no number of the method keeps the curve; a sweep or another gamma does not."""
     known = {row["algorithm"] for row in report.published_rows()}
