@@ -24,7 +24,6 @@ from pathlib import Path
 
 import diff
 import report
-import studies
 from run import SCRIPTS
 from tqdm import tqdm
 
@@ -268,8 +267,7 @@ def smoke():
 def study(name):
     """What a study reached at the end of its runs: on each task the interquartile mean, its 95 %
     interval, and every seed; and the random policy."""
-    labels = [k.removesuffix(v.env_id).strip() for k, v in studies.STUDIES[name].items()]
-    curves = sorted(report.load([RESULTS / name]), key=lambda curve: labels.index(curve.label))
+    curves = report.load([RESULTS / name])
     tasks = list(dict.fromkeys(curve.env_id for curve in curves))
     cells = {}
     for c in curves:
@@ -282,6 +280,19 @@ def study(name):
     labels = ["random policy", *dict.fromkeys(c.label for c in curves)]
     rows = ((label, *(cells.get((label, task), "") for task in tasks)) for label in labels)
     return rows_to_table(("variant", *tasks), *rows)
+
+
+def contexts(name):
+    """What a study of PEARL reached at the end of its runs, by trajectories of context: IQMs, and
+    with two trajectories the 95 % interval and every seed."""
+    rows = [("family", "variant", "no context", "one trajectory", "two trajectories, each seed")]
+    for c in report.load([RESULTS / name]):
+        zero, one, two = report.by_context(c)[1].T[:3]
+        low, high = report.interval(two)
+        seeds = ", ".join(f"{value:.1f}" for value in two)
+        text = f"{report.iqm(two):.1f} ({low:.1f} to {high:.1f}): {seeds}"
+        rows.append((c.env_id, c.label, *(f"{report.iqm(y):.1f}" for y in (zero, one)), text))
+    return rows_to_table(rows[0], *sorted(rows[1:], key=lambda row: row[0]))
 
 
 def equality():

@@ -187,7 +187,16 @@ def load(folders):
         c._replace(label=f"{c.label} ({name})") if labels.count((c.env_id, c.label)) > 1 else c
         for c, name in zip(curves, names, strict=True)
     ]  # of different studies
-    return curves + loose(runs)
+    return in_order(curves + loose(runs))
+
+
+def in_order(curves):
+    """As a study has them, if one has all their labels."""
+    for study in studies.STUDIES.values():
+        labels = [label.removesuffix(v.env_id).strip() for label, v in study.items()]
+        if {c.label for c in curves} <= set(labels):
+            return sorted(curves, key=lambda c: labels.index(c.label))
+    return curves
 
 
 def published_rows():
@@ -429,18 +438,20 @@ def draw_ends(curves, path):
     return True
 
 
+def by_context(curve, prefix="eval/return_"):
+    """Numbers k of trajectories of context (n,), and PEARL's returns with them at the end of the
+    runs (seeds, n)."""
+    last = [[r for r in rows if f"{prefix}0" in r][-1:] for rows in curve.rows.values()]
+    last = [row[0] for row in last if row]
+    ks = [k for k in range(20) if last and all(f"{prefix}{k}" in row for row in last)]
+    return np.array(ks), np.array([[row[f"{prefix}{k}"] for k in ks] for row in last])
+
+
 def adaptation(curves, path):
     """PEARL's return by number of trajectories of context at the end of the runs, a panel per task;
     dashed: the same agents with the true state in place of the CNN's estimate. Gives whether it has
     drawn."""
-
-    def ends(c, prefix):
-        last = [[r for r in rows if f"{prefix}0" in r][-1:] for rows in c.rows.values()]
-        last = [row[0] for row in last if row]
-        ks = [k for k in range(20) if last and all(f"{prefix}{k}" in row for row in last)]
-        return np.array(ks), np.array([[row[f"{prefix}{k}"] for k in ks] for row in last])
-
-    curves = [c for c in curves if ends(c, "eval/return_")[0].size]
+    curves = [c for c in curves if by_context(c)[0].size]
     tasks = list(dict.fromkeys(c.env_id for c in curves))
     if not tasks:
         return False
@@ -453,7 +464,7 @@ def adaptation(curves, path):
                 ("eval/return_", "-", ""),
                 ("eval/true_state_return_", "--", ", true state"),
             ):
-                ks, y = ends(c, prefix)
+                ks, y = by_context(c, prefix)
                 if ks.size:
                     axis.plot(ks, y.T, color=colour, lw=0.7, alpha=0.5, ls=style)
                     axis.plot(
