@@ -131,7 +131,7 @@ STUDIES = {
         "annealed to 0.06": "--contrast-floor 0.06", "not annealed": "--contrast-floor 1",
         "learning rate annealed": "--anneal lr",
         "one joint loss": "--contrast-step joint --contrast-weight 1e-3 --contrast-floor 0 "
-                          "--contrast-decay 3.4e-7",
+                          "--contrast-decay 4.2e-7",
         "release 1": "--obs-crop random --contrast-step joint --no-train-similarity "
                      "--contrast-weight 2e-8",
         "release 2": "--obs-crop random",
@@ -140,7 +140,7 @@ STUDIES = {
         "CURL": "--reconstruction none --obs-crop random --no-latent-tanh --contrast-floor 1 "
                 "--pretrain-updates 1",
         "RAD": "--reconstruction none --contrast none --obs-crop random",
-    }, f"{LECTURE} --total-frames 36000 --eval-every-frames 12000 --contrast-decay 3.4e-4"),
+    }, f"{LECTURE} --total-frames 30000 --eval-every-frames 10000 --contrast-decay 4.2e-4"),
     "slac-a-model": each("slac", "cheetah-run", {
         "fully stochastic": "", "partially stochastic": "--z2 deterministic",
         "fully deterministic": "--z1 deterministic --z2 deterministic",
@@ -157,7 +157,7 @@ STUDIES = {
         f"{n:,} updates": f"--pretrain-updates {n}" for n in (0, 10_000, 50_000, 100_000)}),
     "slac-d-updates": each("slac", "cheetah-run", {
         f"{n} per step": f"--updates-per-step {n}" for n in (1, 2, 3)}),
-    "lecture-slac": each("slac", "finger-spin", {
+    "lecture-slac": each("slac", "walker-stand", {
         "SLAC": "", "partially stochastic": "--z2 deterministic",
         "fully deterministic": "--z1 deterministic --z2 deterministic",
         "VAE, two latents": "--no-temporal", "VAE, one latent": "--z2 none --no-temporal",
@@ -166,10 +166,10 @@ STUDIES = {
         "actor and critic: latent": "--actor-input latent",
         "actor: latent, critic: history": "--actor-input latent --critic-input history",
         "no pretraining": "--pretrain-updates 0", "1000 updates before": "--pretrain-updates 1000",
-    }, f"{LECTURE} --total-frames 20000"),
-    "lecture-slac-updates": each("slac", "finger-spin", {
+    }, f"{LECTURE} --total-frames 12000"),
+    "lecture-slac-updates": each("slac", "walker-stand", {
         f"{n} per step": f"--updates-per-step {n}" for n in (1, 2, 3)},
-        f"{LECTURE} --total-frames 12000"),
+        f"{LECTURE} --total-frames 8000"),
     "slac-gym": {name: Variant(
         "slac", f"benchmark/gym_tasks.py:{name}", f"--action-repeat {repeat} "
         f"--warmup-steps 10000 --total-frames {frames}", "SLAC (OpenAI Gym)")
@@ -197,7 +197,7 @@ STUDIES = {
         "all": without(SMALL_EFFICIENCY, None),
         **{f"all but {name}": without(SMALL_EFFICIENCY, name) for name in SMALL_EFFICIENCY},
         **{f"{name} alone": flags for name, flags in SMALL_EFFICIENCY.items()},
-    }, f"{LECTURE} --total-frames 15000"),
+    }, f"{LECTURE} --total-frames 12000 --eval-every-frames 4000"),
     "pearl-velocities": each("pearl_pixels", "cheetah-vel", {
         "PEARL from states": "", "oracle": "--oracle"},
         "--obs-mode state --total-frames 308000 --initial-steps 400 --prior-steps 200 "
