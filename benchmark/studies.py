@@ -211,7 +211,7 @@ STUDIES = {
     "lecture-pearl": {
         **on(["pendulum-goal2"], "pearl_pixels", DESIGNS, f"{LECTURE} --total-frames 22000"),
         **on(["pendulum-goal"], "pearl_pixels", DESIGNS,
-             f"{LECTURE} --total-frames 16500 --eval-episodes 16"),  # 16 for each of ten targets
+             f"{LECTURE} --total-frames 16500 --eval-every-frames 8300 --eval-episodes 8"),
     },
 }  # fmt: skip
 
