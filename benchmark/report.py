@@ -395,13 +395,9 @@ def draw(curves, path, per_script=False):
         if any("eval/return_0" in row for row in rows):  # a PEARL without context is its own
             for c in here:
                 if c.random:
-                    axis.axhline(
-                        np.mean(list(c.random.values())),
-                        color=colours[c.label],
-                        lw=1.2,
-                        ls=":",
-                        label=textwrap.fill(f"{c.label}, without context", 38),
-                    )
+                    y = np.mean(list(c.random.values()))
+                    axis.axhline(y, color=colours[c.label], lw=1.2, ls=":")
+            axis.plot([], [], color="grey", lw=1.2, ls=":", label="without context, at the end")
         elif randoms := [value for c in here for value in c.random.values()]:
             axis.axhline(np.mean(randoms), color="grey", lw=1.2, ls=":", label="random policy")
         axis.set(xlabel="frames", xlim=(0, None))
@@ -457,28 +453,24 @@ def adaptation(curves, path):
         return False
     figure, axes = panels(tasks)
     colours = colour_of(curves)
+    kinds = ("eval/return_", "o-", ""), ("eval/true_state_return_", "s--", ", true state")
     for axis, task in zip(axes, tasks, strict=True):
-        for c in [c for c in curves if c.env_id == task]:
-            colour = colours[c.label]
-            for prefix, style, note in (
-                ("eval/return_", "-", ""),
-                ("eval/true_state_return_", "--", ", true state"),
-            ):
-                ks, y = by_context(c, prefix)
-                if ks.size:
-                    axis.plot(ks, y.T, color=colour, lw=0.7, alpha=0.5, ls=style)
-                    axis.plot(
-                        ks,
-                        iqm(y.T),
-                        "o" + style,
-                        color=colour,
-                        lw=2.5,
-                        label=textwrap.fill(f"{c.label}{note} ({len(y)} seeds)", 38),
-                    )
-                    axis.fill_between(ks, *interval(y.T), color=colour, alpha=0.15, lw=0)
+        here = [c for c in curves if c.env_id == task]
+        lines = [(c, *kind) for c in here for kind in kinds if by_context(c, kind[0])[0].size]
+        one_note = len({seeds_and_band(c) for c in here}) == 1
+        for i, (c, prefix, style, note) in enumerate(lines):
+            ks, y = by_context(c, prefix)
+            x = ks + 0.05 * (i - (len(lines) - 1) / 2)  # side by side
+            middle, colour = iqm(y.T), colours[c.label]
+            ends = np.abs(interval(y.T) - middle)
+            label = f"{c.label}{note}" + f" ({seeds_and_band(c)})" * (not one_note)
+            label = textwrap.fill(label, 38)
+            axis.errorbar(x, middle, ends, fmt=style, color=colour, lw=1.5, ms=4, label=label)
+            axis.plot(x, y.T, ".", color=colour, ms=3, alpha=0.5)
         axis.set(xlabel="trajectories of context")
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.legend(fontsize=8)
+        title = seeds_and_band(here[0]).replace("band", "line") if one_note else ""
+        axis.legend(title=title, fontsize=8, title_fontsize=8)
     figure.savefig(path)
     return True
 
