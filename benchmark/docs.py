@@ -284,15 +284,22 @@ def study(name):
 
 def contexts(name):
     """What a study of PEARL reached at the end of its runs, by trajectories of context: IQMs, and
-    with two trajectories the 95 % interval and every seed."""
-    rows = [("family", "variant", "no context", "one trajectory", "two trajectories, each seed")]
+    with two trajectories the 95 % interval and every seed; and the untrained policy."""
+    rows, untrained = [], {}
+    for path in (RESULTS / name).glob("*/meta.json"):
+        for run in json.loads(path.read_text())["runs"]:
+            untrained.setdefault(run["env_id"], []).append(run["random_return"])
+    for task, values in untrained.items():
+        values = f"{min(values):.1f} to {max(values):.1f}"
+        rows.append((task, "untrained policy", values, "", ""))
     for c in report.load([RESULTS / name]):
         zero, one, two = report.by_context(c)[1].T[:3]
         low, high = report.interval(two)
         seeds = ", ".join(f"{value:.1f}" for value in two)
         text = f"{report.iqm(two):.1f} ({low:.1f} to {high:.1f}): {seeds}"
         rows.append((c.env_id, c.label, *(f"{report.iqm(y):.1f}" for y in (zero, one)), text))
-    return rows_to_table(rows[0], *sorted(rows[1:], key=lambda row: row[0]))
+    head = "family", "variant", "no context", "one trajectory", "two trajectories, each seed"
+    return rows_to_table(head, *sorted(rows, key=lambda row: row[0]))
 
 
 def equality():

@@ -453,11 +453,11 @@ def adaptation(curves, path):
         return False
     figure, axes = panels(tasks)
     colours = colour_of(curves)
+    one_note = len({seeds_and_band(c) for c in curves}) == 1
     kinds = ("eval/return_", "o-", ""), ("eval/true_state_return_", "s--", ", true state")
     for axis, task in zip(axes, tasks, strict=True):
         here = [c for c in curves if c.env_id == task]
         lines = [(c, *kind) for c in here for kind in kinds if by_context(c, kind[0])[0].size]
-        one_note = len({seeds_and_band(c) for c in here}) == 1
         for i, (c, prefix, style, note) in enumerate(lines):
             ks, y = by_context(c, prefix)
             x = ks + 0.05 * (i - (len(lines) - 1) / 2)  # side by side
@@ -469,8 +469,12 @@ def adaptation(curves, path):
             axis.plot(x, y.T, ".", color=colour, ms=3, alpha=0.5)
         axis.set(xlabel="trajectories of context")
         axis.xaxis.get_major_locator().set_params(integer=True)
-        title = seeds_and_band(here[0]).replace("band", "line") if one_note else ""
-        axis.legend(title=title, fontsize=8, title_fontsize=8)
+    known = {}
+    for axis in axes:
+        known |= {name: line for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    title = seeds_and_band(curves[0]).replace("band", "line") if one_note else ""
+    place = {"loc": "outside lower center", "ncols": 2 * len(axes[:2])}
+    figure.legend(known.values(), known, title=title, fontsize=8, title_fontsize=8, **place)
     figure.savefig(path)
     return True
 
