@@ -221,7 +221,7 @@ class MetaTask:
     def __init__(self, task, family):
         self.task = task
         self.family = family
-        self.theta = family.thetas[0]  # until collect() or evaluate() sets another
+        self.theta = family.thetas[0]  # collect() and evaluate() set others
 
     def __getattr__(self, name):
         return getattr(self.task, name)  # everything else is the suite's
@@ -825,7 +825,7 @@ class PixelEnv:
         self.random.seed(seed)
         time_step = self.env.reset()
         model = self.env.physics.model
-        if model.ptr is not self.model:  # some environments build a new one each time
+        if model.ptr is not self.model:  # some build a new model for each episode
             self.model = model.ptr
             self.cameras = {}
             model.vis.global_.offwidth = model.vis.global_.offheight = self.largest_image
@@ -1614,7 +1614,7 @@ def main(words=None):
         text = str(e)
     except OSError as e:
         text = f"{e}{command and '; to resume: '}{command}"
-    except (MemoryError, RuntimeError) as e:  # PyTorch raises a plain RuntimeError on a CPU
+    except (MemoryError, RuntimeError) as e:  # on a CPU, PyTorch raises the latter
         text = f"memory: {str(e) or 'too little'}; use smaller networks, batches or a shorter run"
         if not isinstance(e, MemoryError) and not re.search("allocate|out of memory", str(e)):
             raise

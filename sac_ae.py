@@ -417,7 +417,7 @@ class Agent(nn.Module):
             target = reward + self.args.gamma * discount * value  # D3
         z = self.encoder(obs)  # (B, D)
         if self.args.freeze_encoder:
-            z = z.detach()  # only the other losses train the encoder
+            z = z.detach()  # this loss does not train the encoder
         q1, q2 = self.critic(z, action)  # (B, 1)
         return F.mse_loss(q1, target) + F.mse_loss(q2, target)  # [SAC+AE J(Q)]
 
@@ -626,7 +626,7 @@ class PixelEnv:
         self.random.seed(seed)
         time_step = self.env.reset()
         model = self.env.physics.model
-        if model.ptr is not self.model:  # some environments build a new one each time
+        if model.ptr is not self.model:  # some build a new model for each episode
             self.model = model.ptr
             self.cameras = {}
             model.vis.global_.offwidth = model.vis.global_.offheight = self.largest_image
@@ -1297,7 +1297,7 @@ def main(words=None):
         text = str(e)
     except OSError as e:
         text = f"{e}{command and '; to resume: '}{command}"
-    except (MemoryError, RuntimeError) as e:  # PyTorch raises a plain RuntimeError on a CPU
+    except (MemoryError, RuntimeError) as e:  # on a CPU, PyTorch raises the latter
         text = f"memory: {str(e) or 'too little'}; use smaller networks, batches or a shorter run"
         if not isinstance(e, MemoryError) and not re.search("allocate|out of memory", str(e)):
             raise

@@ -270,9 +270,9 @@ def summary_table(curves):
 
 
 def comparisons(curves):
-    """Markdown: which pairs of curves on a task differ at the end. The tests are exact; a
-    bootstrap's intervals are too narrow with five seeds: where no curve differs, they would find
-    one of 66 pairs every other time."""
+    """Markdown: which pairs of curves on a task differ at the end. Tests replace
+    bootstrapped intervals here: with five seeds these are too narrow, and find a difference among
+    66 pairs of equal curves every other time."""
     pairs, lines, tested = list(itertools.combinations(curves, 2)), [], []
     for a, b in [(a, b) for a, b in pairs if a.env_id == b.env_id]:
         name, (one, two) = f"{a.env_id}: {a.label} and {b.label}", (a.table(), b.table())
