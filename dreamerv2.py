@@ -131,7 +131,7 @@ class Args:
     replay_device: Literal["auto", "cpu"] = "auto"  # cpu: keep the rows out of GPU memory
     warmup_steps: int = 1000  # random steps first; the last episode is completed (code 1000)
     pretrain_updates: int = 100  # updates in one burst after the warm-up (code 100)
-    updates_per_step: float = 0.2  # updates per step once the burst is over (code 0.2)
+    updates_per_step: float = 0.2  # updates per step after the burst (code 0.2)
     batch_size: int = 16  # samples per batch (sequences; code 16, paper 50)
     sequence_length: int = 50  # steps per sequence (code 50)
     horizon: int = 15  # imagined steps (paper 15)
@@ -155,7 +155,7 @@ class Args:
     kl_balance: float = 0.8  # share of the KL that trains the prior (paper 0.8)
     free_nats: float = 1.0  # mean KL below which the KL has no gradient (code 1)
     entropy_weight: float = 1e-4  # weight of the actor's entropy in J(pi) (paper 1e-4)
-    weight_decay: float = 1e-6  # decay per update, not scaled by the learning rate (paper 1e-6)
+    weight_decay: float = 1e-6  # share that each weight loses per update (paper 1e-6)
     discount_head: bool = False  # learn when an episode ends for good, as in few tasks (lqr)
     # variants for data efficiency, all off
     model_every_updates: int = 1  # update the model at every Nth update
@@ -1513,7 +1513,7 @@ def make_run_dir(args, payload):
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{stamp}"
-        name = re.sub(r"[^\w.-]+", "-", name)  # a custom environment's id has colons or slashes
+        name = re.sub(r"[^\w.-]+", "-", name)  # yours may hold colons or slashes
         run_dir = Path(args.runs_dir).expanduser() / name
         with refuse_on(OSError, "runs_dir", f"{run_dir} cannot be made"):
             run_dir.mkdir(parents=True)

@@ -1545,7 +1545,7 @@ def make_run_dir(args, payload):
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{stamp}"
-        name = re.sub(r"[^\w.-]+", "-", name)  # a custom environment's id has colons or slashes
+        name = re.sub(r"[^\w.-]+", "-", name)  # yours may hold colons or slashes
         run_dir = Path(args.runs_dir).expanduser() / name
         with refuse_on(OSError, "runs_dir", f"{run_dir} cannot be made"):
             run_dir.mkdir(parents=True)

@@ -133,7 +133,7 @@ class Args:
     replay_device: Literal["auto", "cpu"] = "auto"  # cpu: keep the rows out of GPU memory
     warmup_steps: int = 1000  # random steps first; the last episode is completed (paper 1000)
     pretrain_updates: int = 1000  # updates in one burst after the warm-up (authors' code 1000)
-    updates_per_step: float = 1.0  # updates per step once the burst is over (paper 1)
+    updates_per_step: float = 1.0  # updates per step after the burst (paper 1)
     batch_size: int = 128  # samples per batch (transitions; paper 128)
     actor_every_updates: int = 2  # update actor and alpha at every Nth update (paper 2)
     target_every_updates: int = 2  # update the target networks at every Nth update (paper 2)
@@ -1335,7 +1335,7 @@ def make_run_dir(args, payload):
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{stamp}"
-        name = re.sub(r"[^\w.-]+", "-", name)  # a custom environment's id has colons or slashes
+        name = re.sub(r"[^\w.-]+", "-", name)  # yours may hold colons or slashes
         run_dir = Path(args.runs_dir).expanduser() / name
         with refuse_on(OSError, "runs_dir", f"{run_dir} cannot be made"):
             run_dir.mkdir(parents=True)

@@ -124,7 +124,7 @@ class Args:
     replay_device: Literal["auto", "cpu"] = "auto"  # cpu: keep the rows out of GPU memory
     warmup_steps: int = 0  # random steps first; the last episode is completed (0: 10,000 frames)
     pretrain_updates: int = 50_000  # updates in one burst after the warm-up (model; paper 50,000)
-    updates_per_step: float = 1.0  # updates per step once the burst is over (paper 1)
+    updates_per_step: float = 1.0  # updates per step after the burst (paper 1)
     model_batch_size: int = 32  # sequences per update of the model (paper 32)
     sac_batch_size: int = 256  # sequences per update of actor and critic (paper 256)
     actions: int = 8  # actions per sequence, which has one image more (paper 8)
@@ -590,7 +590,7 @@ class Agent(nn.Module):
         minimize(sum(model_losses.values()), optimizers["model"])  # D2
         metrics = model_losses | {"stat/reward_std": reward_std}
 
-        if "sac" in batch:  # sample() decides this by the cadence
+        if "sac" in batch:  # sample() adds it if cadence() says so
             sac = batch["sac"]
             kinds = {args.actor_input, args.critic_input}
             with torch.no_grad():  # neither the critic nor the actor trains the model
@@ -1353,7 +1353,7 @@ def make_run_dir(args, payload):
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = f"{args.env_id}__{Path(__file__).stem}__{args.seed}__{stamp}"
-        name = re.sub(r"[^\w.-]+", "-", name)  # a custom environment's id has colons or slashes
+        name = re.sub(r"[^\w.-]+", "-", name)  # yours may hold colons or slashes
         run_dir = Path(args.runs_dir).expanduser() / name
         with refuse_on(OSError, "runs_dir", f"{run_dir} cannot be made"):
             run_dir.mkdir(parents=True)
