@@ -41,7 +41,7 @@ EFFICIENCY = {
 }
 SMALL_EFFICIENCY = EFFICIENCY | {
     "replay ratio": "--updates-per-step 1",  # 0.5 is the smoke run's
-    "resets": "--reset transition --reset-every-updates 700 --catch-up-updates 100",
+    "resets": "--reset transition --reset-every-updates 800 --catch-up-updates 100",
     "shift": "--shift 2",
 }
 # What stands between images and PEARL, by Marshall & Khasar.
@@ -192,7 +192,7 @@ STUDIES = {
         **{f"all but {name}": without(EFFICIENCY, name) for name in EFFICIENCY},
         **{f"{name} alone": flags for name, flags in EFFICIENCY.items()},
     }, DREAMER),
-    "lecture-dreamerv2": each("dreamerv2", "cheetah-run", {
+    "lecture-dreamerv2": each("dreamerv2", "cartpole-swingup", {
         "none": "", "replay ratio halved": "--updates-per-step 0.25",
         "all": without(SMALL_EFFICIENCY, None),
         **{f"all but {name}": without(SMALL_EFFICIENCY, name) for name in SMALL_EFFICIENCY},
