@@ -312,7 +312,7 @@ def equality():
         largest = max(map(float, found))
         link = f"[{repository}](https://github.com/{repository}) ({commit})"
         place = f"/benchmark/results/equal/{stem}.txt"
-        rows.append((f"`{name}.py`", link, f"[{largest:.0e}]({place})"))
+        rows.append((f"`{name}.py`", link, f"[{largest:.1e}]({place})"))
     return rows_to_table(*rows)
 
 
