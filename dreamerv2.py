@@ -107,7 +107,7 @@ class Args:
     env_id: str = "cheetah-run"  # <domain>-<task> of the dm_control suite (or module:function)
     smoke: bool = False  # a small run that learns visibly in minutes on two CPU cores
     seed: int = 1  # random seed for the environment, the networks and the sampling
-    total_frames: int = 2_000_000  # length of the run; the last episode is completed [frames]
+    total_frames: int = 2_000_000  # length of the run, in whole episodes [frames]
     device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto uses a GPU if there is one
     resume: str = ""  # continue the run in this folder, with its arguments as defaults
     evaluate: str = ""  # play the trained agent of the run in this folder, and film it
@@ -807,7 +807,7 @@ class Agent(nn.Module):
         return {"open_loop": strip.cpu().numpy()}
 
 
-# ---- environment (from here on, every script has the same text) ----------------------------------
+# ---- environment (from here on, the scripts share almost all text) -------------------------------
 class UsageError(ValueError):
     """Bad usage. The message names the flag, or the variable, and says what to do."""
 

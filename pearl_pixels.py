@@ -102,7 +102,7 @@ class Args:
     env_id: str = "cheetah-vel"  # <domain>-<task> of the dm_control suite (here a family of tasks)
     smoke: bool = False  # a small run that learns visibly in minutes on two CPU cores
     seed: int = 1  # random seed for the environment, the networks and the sampling
-    total_frames: int = 520_000  # length of the run; the last episode is completed [frames]
+    total_frames: int = 520_000  # length of the run, in whole episodes [frames] (here iterations)
     device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto uses a GPU if there is one
     resume: str = ""  # continue the run in this folder, with its arguments as defaults
     evaluate: str = ""  # play the trained agent of the run in this folder, and film it
@@ -131,12 +131,14 @@ class Args:
     trajectory_steps: int = 0  # steps per trajectory; 0: the family's
     initial_steps: int = 1000  # steps per training task by the untrained policy (code 2000)
     tasks_per_iteration: int = 5  # training tasks that an iteration visits (code 5)
-    prior_steps: int | None = None  # steps per visit with z from the prior (None: 400)
+    prior_steps: int | None = (
+        None  # steps per visit, z from the prior (None: 400; cheetah-dir 1000)
+    )
     posterior_steps: int = 0  # steps per visit with an inferred z (code 0)
-    extra_steps: int | None = None  # steps with an inferred z, kept out of the context (None: 600)
-    context_size: int | None = None  # transitions that z is inferred from (None: 100)
+    extra_steps: int | None = None  # steps kept out of the context (None: 600; cheetah-dir 1000)
+    context_size: int | None = None  # transitions to infer z from (None: 100; cheetah-dir 256)
     context_trajectories: int = 4  # maximum of trajectories to infer z from in an evaluation
-    meta_batch: int | None = None  # tasks per update (None: 16)
+    meta_batch: int | None = None  # tasks per update (None: 16; cheetah-dir 4)
     updates_per_iteration: int = 1000  # updates after the visits of an iteration (code 2000)
     cnn_pretrain_updates: int = 1000  # updates of the CNN on the initial trajectories (cnn modes)
     # networks

@@ -100,7 +100,7 @@ class Args:
     env_id: str = "cheetah-run"  # <domain>-<task> of the dm_control suite (or module:function)
     smoke: bool = False  # a small run that learns visibly in minutes on two CPU cores
     seed: int = 1  # random seed for the environment, the networks and the sampling
-    total_frames: int = 1_000_000  # length of the run; the last episode is completed [frames]
+    total_frames: int = 1_000_000  # length of the run, in whole episodes [frames]
     device: str = "auto"  # cpu, cuda, cuda:1 or mps; auto uses a GPU if there is one
     resume: str = ""  # continue the run in this folder, with its arguments as defaults
     evaluate: str = ""  # play the trained agent of the run in this folder, and film it
@@ -528,7 +528,7 @@ class Agent(nn.Module):
         return (nll * ~is_first[:, 1:, None]).sum((1, 2)).mean(), std.mean()  # [SLAC J(M): r]
 
     def model_losses(self, obs, action, reward, discount, is_first):
-        """{name: scalar} of a batch of ReplayBuffer.sequences; their sum is the model's loss. Also
+        """{name: scalar} of a batch of sequences(); their sum is the model's loss. Also
         gives the mean standard deviation of the rewards."""
         images = preprocess(obs.flatten(0, 1))  # (B * T, C, H, W)
         features = self.model.encoder(images).unflatten(0, obs.shape[:2])  # (B, T, F)
@@ -653,7 +653,7 @@ class Agent(nn.Module):
         return {"sequence": grid.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).cpu().numpy()}
 
 
-# ---- environment (from here on, every script has the same text) ----------------------------------
+# ---- environment (from here on, the scripts share almost all text) -------------------------------
 class UsageError(ValueError):
     """Bad usage. The message names the flag, or the variable, and says what to do."""
 

@@ -4,7 +4,7 @@
     python benchmark/studies.py gaara-figure-3           the commands of one
     python benchmark/run.py --study gaara-figure-3 --seeds 1 2 3
 
-What a variant shows stands in benchmark/README.md, in the tables of the scripts.
+What a variant shows stands in benchmark/notes/, on the page of its script.
 """
 
 import sys
