@@ -131,9 +131,7 @@ class Args:
     trajectory_steps: int = 0  # steps per trajectory; 0: the family's
     initial_steps: int = 1000  # steps per training task by the untrained policy (code 2000)
     tasks_per_iteration: int = 5  # training tasks that an iteration visits (code 5)
-    prior_steps: int | None = (
-        None  # steps per visit, z from the prior (None: 400; cheetah-dir 1000)
-    )
+    prior_steps: int | None = None  # steps per visit by the prior (None: 400; cheetah-dir 1000)
     posterior_steps: int = 0  # steps per visit with an inferred z (code 0)
     extra_steps: int | None = None  # steps kept out of the context (None: 600; cheetah-dir 1000)
     context_size: int | None = None  # transitions to infer z from (None: 100; cheetah-dir 256)
