@@ -351,7 +351,7 @@ def gpu():
         "steps/s, end to end, bf16": ("bf16", "steps/s, end to end"),
         "busy with updates": ("bf16", "busy with updates"),
         "peak GiB": ("bf16", "peak GiB"),
-        **{f"{p} against the other code": (p, ratio) for p in ("fp32", "bf16")},
+        **{f"captured {p} against the other code": (p, ratio) for p in ("fp32", "bf16")},
     }
     rows = []
     for name in SCRIPTS:
