@@ -403,7 +403,10 @@ def draw(curves, path, per_script=False):
         axis.set(xlabel="frames", xlim=(0, None))
         axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1e3:g}k" if x < 1e6 else f"{x / 1e6:g}M")
         title = seeds_and_band(here[0]) if one_note else ""
-        title = title.partition(", band")[0] if is_crowded(here) else title
+        if is_crowded(here):
+            title = title.partition(", band")[0]
+            low, high = axis.get_ylim()
+            axis.set_ylim(low, 2 * high - low)  # room for the legend
         axis.legend(title=title, fontsize=8, title_fontsize=8, ncols=2 if len(here) > 4 else 1)
     figure.savefig(path)
 
