@@ -9,9 +9,10 @@
 
 Hafner et al. 2021, Mastering Atari with Discrete World Models, https://arxiv.org/abs/2010.02193;
 the authors' code: https://github.com/danijar/dreamerv2, here its dmc_vision configuration.
-The switches for data efficiency follow Bednarz's study (https://github.com/vitreusx/msc-thesis);
-their losses follow CURL (InfoNCE, https://arxiv.org/abs/2004.04136), SPR
-(https://arxiv.org/abs/2007.05929) and masked world models (MWM, https://arxiv.org/abs/2206.14244).
+The switches for data efficiency are those of Bednarz's study, whose finished form is
+https://github.com/vitreusx/msc-thesis, or of work that it cites. Their losses follow CURL (InfoNCE,
+https://arxiv.org/abs/2004.04136), SPR (https://arxiv.org/abs/2007.05929) and masked world models
+(MWM, https://arxiv.org/abs/2206.14244). Bednarz alg. 1 is that of the study's first draft.
 
     images --> encoder --> e' --+--> q(z' | h', e') --> z'   J(M): image, reward, KL(q || p)
                                 |                            trains encoder, RSSM, decoder, reward
@@ -45,12 +46,13 @@ D3  Actions come from the truncated normal's inverse CDF, with its argument clam
     d action / d loc would be 0.25 on average at the initial deviation of 1.1, and the actor's
     gradient would be four times smaller at the start and nearly the same later.
 D4  Evaluation has its own seed and random numbers, and ten episodes. Theirs plays one episode.
-D5  Everything is float32. Theirs is float16 in parts. Adam's epsilon is PyTorch's, added after the
-    bias correction. One layer gives the actor's mean and deviation, so Glorot's bound is lower.
+D5  By default everything is float32. Theirs is float16 in parts. Adam's epsilon is PyTorch's, added
+    after the bias correction. One layer gives the actor's mean and deviation, so Glorot's bound is
+    lower.
 D6  The target critic starts as a copy of the critic. Theirs starts with weights of its own.
 D7  The switches for data efficiency follow nobody's code exactly. InfoNCE and SPR compare 128
     numbers per image, with a target encoder like CURL's; InfoNCE's negatives are the batch without
-    neighbouring frames; the model's optimizer minimizes all auxiliary losses. A reset may come in
+    neighbouring images; the model's optimizer minimizes all auxiliary losses. A reset may come in
     mid-episode; then the agent's state starts anew, whichever weights were reset.
 """
 
@@ -114,7 +116,7 @@ class Args:
     video: bool = True  # film the first episode of every evaluation
     track: bool = False  # also log to Weights & Biases
     runs_dir: str = "runs"  # parent of the run's folder
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16 on a CPU needs AVX512_BF16 or AMX
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16 on a CPU wants AVX512_BF16 or AMX
     cuda_graph: bool = True  # on CUDA, launch an update or an action as one graph
     compile: bool = True  # with CUDA graphs, fuse small kernels; the run starts a minute later
     threads: int = 0  # CPU threads (0: PyTorch's choice); 1 is best for runs side by side
@@ -378,7 +380,7 @@ class RSSM(nn.Module):
         return torch.rand(*shape, *self.shape, device=self.gru.weight.device)
 
     def cell(self, x, h):
-        """The GRU, h' (..., D) from x, before its ELU, and h. One LayerNorm covers all gates; the
+        """The GRU: h' (..., D) from h and the ELU of x. One LayerNorm covers all gates; the
         reset gate multiplies the tanh's whole argument. PyTorch's GRUCell has no norm, and its
         reset gate multiplies only what comes from h."""
         gates = self.gru_norm(self.gru(torch.cat([F.elu(x), h], -1)))
@@ -542,8 +544,8 @@ class Agent(nn.Module):
 
     def kl_loss(self, post, prior):
         """KL of posterior to prior from logits (B, T, S, K). The share kl_balance trains the prior,
-        the rest trains the posterior. Where its mean is below free_nats, it is constant. Also gives
-        the plain KL."""
+        the rest trains the posterior. Below free_nats its mean trains nothing. Also gives the
+        plain KL."""
         to_prior = categorical_kl(post.detach(), prior).mean()  # trains the prior alone
         to_post = categorical_kl(post, prior.detach()).mean()  # trains the posterior alone
         free = self.args.free_nats
@@ -696,7 +698,7 @@ class Agent(nn.Module):
         self.reset_count += 1
 
     def cadence(self):
-        """What this update does. The target is copied after updates 1, 101, 201, ..."""
+        """What this update does. By default target_critic is copied after updates 1, 101, ..."""
         args = self.args
         n = self.updates
         return Cadence(
@@ -767,8 +769,8 @@ class Agent(nn.Module):
 
     @torch.no_grad()  # acting needs no gradient
     def act(self, step, carry, explore=False):
-        """Action (A,) for a Step, and the next carry: the state, or None before an episode's first
-        step."""
+        """Action (A,) for a Step, and the next carry, the state; it is None before an episode's
+        first step."""
         obs = torch.as_tensor(step.obs, device=self.args.device)[None, None]
         action = torch.as_tensor(step.action, device=self.args.device)[None, None]
         carry = carry or {"z": None, "h": None, "reset_count": self.reset_count - 1}
@@ -847,7 +849,7 @@ class Step(NamedTuple):
     discount: float  # 0 where the task ended for good; 1 everywhere else, at a time limit too
     first: bool  # an episode starts
     last: bool  # the episode is over
-    frames: int  # how many were simulated: action_repeat, or fewer at an episode's end
+    frames: int  # frames simulated: action_repeat, fewer at an episode's end, 0 at its start
 
 
 def load_task(env_id, random):
@@ -996,9 +998,9 @@ class ReplayBuffer:
         self.row += 1
 
     def draw(self, rng, count, length, same_episode_tail):
-        """Draws windows of `length` rows whose last `same_episode_tail` rows are of one episode,
-        uniformly, with replacement: their first rows (count,). Raises UsageError if there are
-        hardly any."""
+        """First rows (count,) of windows of `length` rows, uniform, with replacement. The last
+        `same_episode_tail` rows of a window are of one episode. UsageError if there are hardly
+        any."""
         oldest = max(0, self.row - self.capacity)
         rows = np.empty(0, np.int64)
         for _ in range(1000):
@@ -1025,10 +1027,10 @@ def evaluate(act, env, episodes, stop, film=False):
     """Plays episodes, the same ones each time, with act(step, carry) -> action, carry. Gives their
     returns (episodes,) and the images of the first, if it is filmed. A signal cuts it short.  D4"""
     returns = []
+    images = []
     number = 0
     while len(returns) < episodes and not stop.signal:
-        if not returns:
-            images = []
+        images = images if returns else []
         rng = stream(env.args.seed, "evaluate", number)
         number += 1
         step = env.reset(rng.integers(2**32))
@@ -1152,7 +1154,8 @@ def read_checkpoint(path, flag):
 def restore_agent(args, payload):
     """The Agent of a checkpoint, with its optimizers."""
     agent = Agent(args, EnvSpec(*payload["spec"]))
-    agent.load_state_dict(payload["agent"])
+    with refuse_on(RuntimeError, "resume" if args.resume else "evaluate", "of another script"):
+        agent.load_state_dict(payload["agent"])
     for name, optimizer in agent.optimizers.items():
         optimizer.load_state_dict(payload["optimizers"][name])
     return agent
@@ -1160,7 +1163,7 @@ def restore_agent(args, payload):
 
 def load_agent(path, device="cpu"):
     """The trained agent of a run's folder, for code of your own. After env = PixelEnv(agent.args)
-    and step = env.reset(seed=0), agent.act(step, carry=None, explore=False) gives an action."""
+    and step = env.reset(seed=0), agent.act(step, carry=None, explore=False) gives action, carry."""
     args, payload = read_checkpoint(path, "evaluate")
     return restore_agent(dataclasses.replace(args, device=device), payload)
 
@@ -1243,8 +1246,8 @@ def autocast(args):
 
 
 def updates_due(args, step):
-    """Number of updates that are made by the time this step is taken, with the catch-up updates
-    that follow each reset.
+    """Number of updates that are due when this step is taken, with the catch-up updates that
+    follow each reset.
 
     The loop makes at most ceil(updates_per_step) updates at a step, and the other catch-up updates
     after the episode. That is all right because resets go by the number of the update (see
@@ -1544,7 +1547,7 @@ def play(args, payload):
 
 
 def main(words=None):
-    """The command line; gives the exit status: 1 where a run failed, 2 for bad usage."""
+    """The command line; gives the exit status: 1 failed, 2 bad usage, 128 + n after signal n."""
     run_dir = None
     command = ""
     try:
@@ -1571,8 +1574,8 @@ def main(words=None):
         print(f"summary {numbers}")
         return 0
     except UsageError as e:
-        if run_dir and not (run_dir / "checkpoint.pt").exists():
-            shutil.rmtree(run_dir)  # a run that could not begin leaves nothing behind
+        if run_dir and not payload and not (run_dir / "checkpoint.pt").exists():
+            shutil.rmtree(run_dir)  # a new run that could not begin leaves nothing behind
         print(f"error: {e}", file=sys.stderr)
         return 2
     except FloatingPointError as e:

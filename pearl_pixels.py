@@ -109,7 +109,7 @@ class Args:
     video: bool = True  # film the first episode of every evaluation (here the first task's)
     track: bool = False  # also log to Weights & Biases
     runs_dir: str = "runs"  # parent of the run's folder
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16 on a CPU needs AVX512_BF16 or AMX
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16 on a CPU wants AVX512_BF16 or AMX
     cuda_graph: bool = True  # on CUDA, launch an update or an action as one graph
     compile: bool = True  # with CUDA graphs, fuse small kernels; the run starts a minute later
     threads: int = 0  # CPU threads (0: PyTorch's choice); 1 is best for runs side by side
@@ -227,7 +227,7 @@ class MetaTask:
         return getattr(self.task, name)  # everything else is the suite's
 
     def initialize_episode(self, physics):
-        """The suite's start, then theta's changes to the model."""
+        """The suite's start, then theta's changes to model or state."""
         self.task.initialize_episode(physics)
         if "rootx" in physics.named.data.qpos.axes.row.names:
             physics.named.model.geom_pos[0, "x"] = 0.0  # else the floor would end 2 m behind
@@ -268,7 +268,7 @@ class Family(NamedTuple):
     steps: int  # of a whole trajectory
     thetas: object  # a list of all values, or a tuple of two bounds to draw between
     reward: object  # function of MetaTask and physics
-    change: object = lambda physics, theta: None  # changes the model at a trajectory's start
+    change: object = lambda physics, theta: None  # changes model or state at a trajectory's start
 
 
 def walker_reward(task, physics):
@@ -310,7 +310,7 @@ def put_point_and_target(physics, theta):
 
 def tame_pendulum(physics, theta):
     """Lets a constant torque turn the pole to an angle and hold it, up to 1.2 rad from hanging. A
-    target beyond that can only be approached."""
+    target beyond that can be passed but not held."""
     physics.model.actuator_gear[0, 0] = 4.5
     physics.model.dof_damping[0] = 1.0
 
@@ -376,10 +376,10 @@ class Float32Linear(nn.Linear):
 
 
 def mlp(in_dim, hidden_dim, out_dim, last=3e-3):
-    """Three hidden ReLU layers and a linear one, which starts near zero."""
+    """Three hidden ReLU layers and a linear one, whose numbers start within `last` of zero."""
     layers = []
-    for width in (in_dim, hidden_dim, hidden_dim):
-        layers += [nn.Linear(width, hidden_dim), nn.ReLU()]  # D8
+    for size in (in_dim, hidden_dim, hidden_dim):
+        layers += [nn.Linear(size, hidden_dim), nn.ReLU()]  # D8
         nn.init.constant_(layers[-2].bias, 0.1)
     layers.append(Float32Linear(hidden_dim, out_dim))
     for parameter in layers[-1].parameters():
@@ -453,7 +453,7 @@ class Encoder(nn.Sequential):
 
 
 class Decoder(nn.Sequential):
-    """z (B, D) -> image stack (B, K * C, H, W), centred at 0: the encoder backwards."""
+    """Features (B, D) -> image stack (B, K * C, H, W), centred at 0: the encoder backwards."""
 
     def __init__(self, obs_shape, z_dim, args):
         sizes = conv_sizes(obs_shape[-1], args.conv_strides)
@@ -549,7 +549,7 @@ class Agent(nn.Module):
         return cnn(preprocess(obs.flatten(0, -4))).unflatten(0, obs.shape[:-3])
 
     def prior(self, theta):
-        """Mean and variance (1, L) of z before any context; with --oracle all there is to know."""
+        """Mean and variance (1, L) of z before any context; with --oracle it is theta."""
         mu = as_z(theta, self.args.latent_dim).to(self.args.device)[None]
         return (mu, torch.zeros_like(mu)) if self.args.oracle else (0 * mu, torch.ones_like(mu))
 
@@ -592,7 +592,7 @@ class Agent(nn.Module):
         return self.args.reward_scale * reward + self.args.gamma * discount * value
 
     def q_loss(self, x, action, z, target):
-        """Squared TD error of both Qs. It trains them, z, and x as --obs-mode says."""
+        """Squared TD error of both Qs. It trains them, context encoder and, by --obs-mode, CNN."""
         inputs = torch.cat([x, action, z], -1)
         q1, q2 = self.q1(inputs), self.q2(inputs)
         return F.mse_loss(q1, target) + F.mse_loss(q2, target)  # [PEARL J(Q)]
@@ -722,7 +722,7 @@ class Agent(nn.Module):
     def act(self, step, carry, explore):
         """Action (A,) for a Step, and the next carry: z (1, L), whether the true state is seen, the
         images of the stack, and the x (1, X) that was seen. An episode starts with the first two,
-        or with None, which draws z from the prior."""
+        or with None, which draws z from N(0, I)."""
         device = self.args.device
         carry = carry or {"z": torch.randn(1, self.args.latent_dim, device=device)}
         true_state = carry.get("true_state", False)
@@ -788,7 +788,7 @@ class Step(NamedTuple):
     discount: float  # 0 where the task ended for good; 1 everywhere else, at a time limit too
     first: bool  # an episode starts
     last: bool  # the episode is over
-    frames: int  # how many were simulated: action_repeat, or fewer at an episode's end
+    frames: int  # frames simulated: action_repeat, fewer at an episode's end, 0 at its start
 
 
 def load_task(env_id, random):
@@ -921,9 +921,9 @@ class ReplayBuffer:
         self.row += 1
 
     def draw(self, rng, count, length, same_episode_tail):
-        """Draws windows of `length` rows whose last `same_episode_tail` rows are of one episode,
-        uniformly, with replacement: their first rows (count,). Raises UsageError if there are
-        hardly any."""
+        """First rows (count,) of windows of `length` rows, uniform, with replacement. The last
+        `same_episode_tail` rows of a window are of one episode. UsageError if there are hardly
+        any."""
         oldest = max(0, self.row - self.capacity)
         rows = np.empty(0, np.int64)
         for _ in range(1000):
@@ -1037,7 +1037,7 @@ def score(returns):
     """The summary's numbers from returns (tasks, episodes, k + 1): return_by_context, each with the
     95 % bootstrap interval over tasks; eval_return, the one after two trajectories; and gain, how
     much that is above the one after none, with its standard error over tasks, or over episodes if
-    there are only two tasks."""
+    there are no more than two tasks."""
     n = len(returns)
     by_task = returns.mean(1)  # (tasks, k + 1)
     resampled = by_task[np.random.default_rng(0).integers(0, n, (1000, n))].mean(1)
@@ -1178,7 +1178,8 @@ def read_checkpoint(path, flag):
 def restore_agent(args, payload):
     """The Agent of a checkpoint, with its optimizers."""
     agent = Agent(args, EnvSpec(*payload["spec"]))
-    agent.load_state_dict(payload["agent"])
+    with refuse_on(RuntimeError, "resume" if args.resume else "evaluate", "of another script"):
+        agent.load_state_dict(payload["agent"])
     for name, optimizer in agent.optimizers.items():
         optimizer.load_state_dict(payload["optimizers"][name])
     return agent
@@ -1186,7 +1187,7 @@ def restore_agent(args, payload):
 
 def load_agent(path, device="cpu"):
     """The trained agent of a run's folder, for code of your own. After env = PixelEnv(agent.args)
-    and step = env.reset(seed=0), agent.act(step, carry=None, explore=False) gives an action."""
+    and step = env.reset(seed=0), agent.act(step, carry=None, explore=False) gives action, carry."""
     args, payload = read_checkpoint(path, "evaluate")
     return restore_agent(dataclasses.replace(args, device=device), payload)
 
@@ -1337,7 +1338,7 @@ class Stop:
 
 def train(args, run_dir, stop, payload=None):
     """The paper's algorithm 1. A run can be saved and stopped between any two trajectories, fits of
-    the CNN and updates. Gives the Progress."""
+    the CNN and updates. Gives the progress."""
     env = PixelEnv(args)
     eval_env = PixelEnv(args, largest_image=VIDEO_SIZE * args.video)
     train_thetas, test_thetas = split(args)
@@ -1579,7 +1580,7 @@ def play(args, payload):
 
 
 def main(words=None):
-    """The command line; gives the exit status: 1 where a run failed, 2 for bad usage."""
+    """The command line; gives the exit status: 1 failed, 2 bad usage, 128 + n after signal n."""
     run_dir = None
     command = ""
     try:
@@ -1606,8 +1607,8 @@ def main(words=None):
         print(f"summary {numbers}")
         return 0
     except UsageError as e:
-        if run_dir and not (run_dir / "checkpoint.pt").exists():
-            shutil.rmtree(run_dir)  # a run that could not begin leaves nothing behind
+        if run_dir and not payload and not (run_dir / "checkpoint.pt").exists():
+            shutil.rmtree(run_dir)  # a new run that could not begin leaves nothing behind
         print(f"error: {e}", file=sys.stderr)
         return 2
     except FloatingPointError as e:

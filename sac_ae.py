@@ -27,7 +27,7 @@ A tag such as [SAC+AE J(Q)] names the formula behind a line; D1 is the first dif
 Differences from the paper and the authors' code
 D1  The actor's optimizer does not hold the convs, which actor and critic share, unless
     --actor-trains-encoder is given. Theirs holds them, but with a gradient that is always zero.
-D2  Actor and decoder share one pass of the convs over obs. Theirs has two, with equal results.
+D2  Actor and decoder share one pass of the convs over obs. Theirs has three, with equal results.
 D3  Bootstrapping follows dm_control's discount, which is 1 at a time limit. Their code keeps a done
     flag and sets it to 0 at the time limit. The targets are equal if only the limit ends episodes.
 D4  Evaluation has its own environment, seed and random numbers. Theirs shares those of training.
@@ -98,7 +98,7 @@ class Args:
     video: bool = True  # film the first episode of every evaluation
     track: bool = False  # also log to Weights & Biases
     runs_dir: str = "runs"  # parent of the run's folder
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16 on a CPU needs AVX512_BF16 or AMX
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16 on a CPU wants AVX512_BF16 or AMX
     cuda_graph: bool = True  # on CUDA, launch an update or an action as one graph
     compile: bool = True  # with CUDA graphs, fuse small kernels; the run starts a minute later
     threads: int = 0  # CPU threads (0: PyTorch's choice); 1 is best for runs side by side
@@ -139,10 +139,10 @@ class Args:
     decoder_weight_decay: float = 1e-7  # L2 on the decoder, inside Adam (paper 1e-7)
     kl_weight: float = 3.15e-5  # vae: weight of the KL; at 84x84x9, beta is 31752 times this
     # variants
-    obs: Literal["pixels", "state"] = "pixels"  # state: SAC from the simulator's state vector
+    obs: Literal["pixels", "state"] = "pixels"  # state: SAC from the task's state vector
     reconstruction: Literal["ae", "vae", "none"] = "ae"  # vae: beta-VAE; none: no decoder
     decoder_every_updates: int = 1  # reconstruct only at every Nth update
-    freeze_encoder: bool = False  # J(Q) does not train the encoder; only the other losses do
+    freeze_encoder: bool = False  # J(Q) does not train the encoder; other losses do
     actor_trains_encoder: bool = False  # J(pi) trains the convs, too (training gets unstable)
 
     def __post_init__(self):
@@ -299,7 +299,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Sequential):
-    """z (B, D) -> image stack (B, K * C, H, W), centred at 0: the encoder backwards."""
+    """Features (B, D) -> image stack (B, K * C, H, W), centred at 0: the encoder backwards."""
 
     def __init__(self, obs_shape, z_dim, args):
         sizes = conv_sizes(obs_shape[-1], args.conv_strides)
@@ -327,7 +327,7 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """z (B, D), action (B, A) -> Q1, Q2 (B, 1)."""
+    """Features (B, D), action (B, A) -> Q1, Q2 (B, 1)."""
 
     def __init__(self, z_dim, action_dim, args):
         super().__init__()
@@ -395,10 +395,10 @@ class Agent(nn.Module):
         # published, the encoder has separate Adam moments for each loss that trains it.
         adam = functools.partial(torch.optim.Adam, fused=True)
         encoder = list(self.encoder.parameters())
-        seen_by_critic = [] if args.freeze_encoder else encoder  # D5
+        moved_by_critic = [] if args.freeze_encoder else encoder  # D5
         moved_by_actor = self.encoder.convs.parameters() if args.actor_trains_encoder else []  # D1
         self.optimizers = {
-            "critic": adam([*seen_by_critic, *self.critic.parameters()], args.critic_lr),
+            "critic": adam([*moved_by_critic, *self.critic.parameters()], args.critic_lr),
             "actor": adam([*self.actor.parameters(), *moved_by_actor], args.actor_lr),
             "alpha": adam([self.log_alpha], args.alpha_lr, (args.alpha_beta1, 0.999)),
         }
@@ -450,7 +450,7 @@ class Agent(nn.Module):
 
     def cadence(self):
         """What this update moves. In the first burst it moves everything, as in the authors' code:
-        its cadence counts environment steps, and the count stays at 1000 during that burst."""
+        its cadence goes by the environment step, which is 1000 throughout that burst."""
         since = self.updates - self.args.pretrain_updates + 1
 
         def due(every):
@@ -492,7 +492,7 @@ class Agent(nn.Module):
 
         h = self.encoder.convs(obs) if due.actor or due.decoder else None  # (B, F)  D2
         if due.actor:
-            # detached: the actor reads the convs and does not train them
+            # detached unless J(pi) is to train the convs, too
             actor_loss, log_prob = self.actor_loss(h if args.actor_trains_encoder else h.detach())
             minimize(actor_loss, optimizers["actor"])
             alpha_loss = self.alpha_loss(log_prob)
@@ -573,7 +573,7 @@ class Step(NamedTuple):
     discount: float  # 0 where the task ended for good; 1 everywhere else, at a time limit too
     first: bool  # an episode starts
     last: bool  # the episode is over
-    frames: int  # how many were simulated: action_repeat, or fewer at an episode's end
+    frames: int  # frames simulated: action_repeat, fewer at an episode's end, 0 at its start
 
 
 def load_task(env_id, random):
@@ -722,9 +722,9 @@ class ReplayBuffer:
         self.row += 1
 
     def draw(self, rng, count, length, same_episode_tail):
-        """Draws windows of `length` rows whose last `same_episode_tail` rows are of one episode,
-        uniformly, with replacement: their first rows (count,). Raises UsageError if there are
-        hardly any."""
+        """First rows (count,) of windows of `length` rows, uniform, with replacement. The last
+        `same_episode_tail` rows of a window are of one episode. UsageError if there are hardly
+        any."""
         oldest = max(0, self.row - self.capacity)
         rows = np.empty(0, np.int64)
         for _ in range(1000):
@@ -751,10 +751,10 @@ def evaluate(act, env, episodes, stop, film=False):
     """Plays episodes, the same ones each time, with act(step, carry) -> action, carry. Gives their
     returns (episodes,) and the images of the first, if it is filmed. A signal cuts it short.  D4"""
     returns = []
+    images = []
     number = 0
     while len(returns) < episodes and not stop.signal:
-        if not returns:
-            images = []
+        images = images if returns else []
         rng = stream(env.args.seed, "evaluate", number)
         number += 1
         step = env.reset(rng.integers(2**32))
@@ -878,7 +878,8 @@ def read_checkpoint(path, flag):
 def restore_agent(args, payload):
     """The Agent of a checkpoint, with its optimizers."""
     agent = Agent(args, EnvSpec(*payload["spec"]))
-    agent.load_state_dict(payload["agent"])
+    with refuse_on(RuntimeError, "resume" if args.resume else "evaluate", "of another script"):
+        agent.load_state_dict(payload["agent"])
     for name, optimizer in agent.optimizers.items():
         optimizer.load_state_dict(payload["optimizers"][name])
     return agent
@@ -886,7 +887,7 @@ def restore_agent(args, payload):
 
 def load_agent(path, device="cpu"):
     """The trained agent of a run's folder, for code of your own. After env = PixelEnv(agent.args)
-    and step = env.reset(seed=0), agent.act(step, carry=None, explore=False) gives an action."""
+    and step = env.reset(seed=0), agent.act(step, carry=None, explore=False) gives action, carry."""
     args, payload = read_checkpoint(path, "evaluate")
     return restore_agent(dataclasses.replace(args, device=device), payload)
 
@@ -969,7 +970,7 @@ def autocast(args):
 
 
 def updates_due(args, step):
-    """Number of updates that must have been made by the time this step is taken."""
+    """Number of updates due before this step. The first burst waits for its episode's end."""
     since = step - args.warmup_steps
     return args.pretrain_updates + int(args.updates_per_step * since) if since >= 0 else 0
 
@@ -1262,7 +1263,7 @@ def play(args, payload):
 
 
 def main(words=None):
-    """The command line; gives the exit status: 1 where a run failed, 2 for bad usage."""
+    """The command line; gives the exit status: 1 failed, 2 bad usage, 128 + n after signal n."""
     run_dir = None
     command = ""
     try:
@@ -1289,8 +1290,8 @@ def main(words=None):
         print(f"summary {numbers}")
         return 0
     except UsageError as e:
-        if run_dir and not (run_dir / "checkpoint.pt").exists():
-            shutil.rmtree(run_dir)  # a run that could not begin leaves nothing behind
+        if run_dir and not payload and not (run_dir / "checkpoint.pt").exists():
+            shutil.rmtree(run_dir)  # a new run that could not begin leaves nothing behind
         print(f"error: {e}", file=sys.stderr)
         return 2
     except FloatingPointError as e:

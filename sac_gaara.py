@@ -34,7 +34,7 @@ A tag such as [SAC+AE J(Q)] names the formula behind a line; D1 is the first dif
 Differences from the paper and the authors' code
 D1  The actor's optimizer does not hold the convs, which actor and critic share, unless
     --actor-trains-encoder is given. Theirs holds them, but with a gradient that is always zero.
-D2  Actor and decoder share one pass of the convs over obs. Theirs has two, with equal results.
+D2  Actor and decoder share one pass of the convs over obs. Theirs has three, with equal results.
 D3  Bootstrapping follows dm_control's discount, which is 1 at a time limit. Their code keeps a done
     flag and sets it to 0 at the time limit. The targets are equal if only the limit ends episodes.
 D4  Evaluation has its own environment, seed and random numbers. Theirs shares those of training.
@@ -48,8 +48,8 @@ D9  The contrastive weight is a function of the number of updates; theirs is a r
     As published it has no effect: the loss has an Adam of its own, which divides any factor out. It
     has an effect with --anneal lr, and with --contrast-step joint at weights near 1e-3, where the
     gradients of both losses in the encoder have about the same size.
-D10 The report's (2) and (9) lack a cross entropy's minus, its algorithm 1 encodes positives with
-    the online encoder, and its section 4.2 swaps query and key. Here, as in its code, (6) holds.
+D10 The report's (2) and (9) lack a cross entropy's minus, its algorithm 1 encodes the anchors with
+    the target encoder, too, and section 4.2 swaps query and key. Here, as in its code, (6) holds.
 D11 In CURL's code two Adams take a step each on one contrastive gradient. Here only one does.
 D12 The separate contrastive step comes at every update. In GAARA's code it comes with the
     decoder's step, which is just as frequent by default.
@@ -115,7 +115,7 @@ class Args:
     video: bool = True  # film the first episode of every evaluation
     track: bool = False  # also log to Weights & Biases
     runs_dir: str = "runs"  # parent of the run's folder
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16 on a CPU needs AVX512_BF16 or AMX
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16 on a CPU wants AVX512_BF16 or AMX
     cuda_graph: bool = True  # on CUDA, launch an update or an action as one graph
     compile: bool = True  # with CUDA graphs, fuse small kernels; the run starts a minute later
     threads: int = 0  # CPU threads (0: PyTorch's choice); 1 is best for runs side by side
@@ -160,13 +160,13 @@ class Args:
     contrast_floor: float = 0.5  # lower bound of the annealed weight (paper 0.5)
     contrast_decay: float = 1e-6  # decrease of the weight per update (paper 1e-6)
     # variants
-    obs: Literal["pixels", "state"] = "pixels"  # state: SAC from the simulator's state vector
+    obs: Literal["pixels", "state"] = "pixels"  # state: SAC from the task's state vector
     reconstruction: Literal["ae", "vae", "none"] = "ae"  # vae: beta-VAE; none: no decoder
     decoder_every_updates: int = 1  # reconstruct only at every Nth update
-    freeze_encoder: bool = False  # J(Q) does not train the encoder; only the other losses do
+    freeze_encoder: bool = False  # J(Q) does not train the encoder; other losses do
     actor_trains_encoder: bool = False  # J(pi) trains the convs, too (training gets unstable)
     obs_crop: Literal["centre", "random"] = "centre"  # crop of obs (the anchor) and next_obs
-    contrast: Literal["infonce", "discriminator", "none"] = "infonce"  # discriminator: the decoder
+    contrast: Literal["infonce", "discriminator", "none"] = "infonce"  # discriminator: by decoding
     contrast_step: Literal["separate", "joint"] = "separate"  # joint: in one step with J(RAE)
     positive_encoder: Literal["target", "online"] = "target"  # network that encodes the positives
     train_similarity: bool = True  # train InfoNCE's matrix W; release 1 of their code does not
@@ -344,7 +344,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Sequential):
-    """z (B, D) -> image stack (B, K * C, H, W), centred at 0: the encoder backwards."""
+    """Features (B, D) -> image stack (B, K * C, H, W), centred at 0: the encoder backwards."""
 
     def __init__(self, obs_shape, z_dim, args):
         sizes = conv_sizes(obs_shape[-1], args.conv_strides)
@@ -372,7 +372,7 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """z (B, D), action (B, A) -> Q1, Q2 (B, 1)."""
+    """Features (B, D), action (B, A) -> Q1, Q2 (B, 1)."""
 
     def __init__(self, z_dim, action_dim, args):
         super().__init__()
@@ -446,10 +446,10 @@ class Agent(nn.Module):
         encoder = list(self.encoder.parameters())
         W = [self.similarity] if args.contrast == "infonce" and args.train_similarity else []
         joint = args.contrast_step == "joint"
-        seen_by_critic = [] if args.freeze_encoder else encoder  # D5
+        moved_by_critic = [] if args.freeze_encoder else encoder  # D5
         moved_by_actor = self.encoder.convs.parameters() if args.actor_trains_encoder else []  # D1
         self.optimizers = {
-            "critic": adam([*seen_by_critic, *self.critic.parameters()], args.critic_lr),
+            "critic": adam([*moved_by_critic, *self.critic.parameters()], args.critic_lr),
             "actor": adam([*self.actor.parameters(), *moved_by_actor], args.actor_lr),
             "alpha": adam([self.log_alpha], args.alpha_lr, (args.alpha_beta1, 0.999)),
         }
@@ -524,7 +524,7 @@ class Agent(nn.Module):
 
     def cadence(self):
         """What this update moves. In the first burst it moves everything, as in the authors' code:
-        its cadence counts environment steps, and the count stays at 1000 during that burst."""
+        its cadence goes by the environment step, which is 1000 throughout that burst."""
         since = self.updates - self.args.pretrain_updates + 1
 
         def due(every):
@@ -572,7 +572,7 @@ class Agent(nn.Module):
 
         h = self.encoder.convs(obs) if due.actor or due.decoder else None  # (B, F)  D2
         if due.actor:
-            # detached: the actor reads the convs and does not train them
+            # detached unless J(pi) is to train the convs, too
             actor_loss, log_prob = self.actor_loss(h if args.actor_trains_encoder else h.detach())
             minimize(actor_loss, optimizers["actor"])
             alpha_loss = self.alpha_loss(log_prob)
@@ -677,7 +677,7 @@ class Step(NamedTuple):
     discount: float  # 0 where the task ended for good; 1 everywhere else, at a time limit too
     first: bool  # an episode starts
     last: bool  # the episode is over
-    frames: int  # how many were simulated: action_repeat, or fewer at an episode's end
+    frames: int  # frames simulated: action_repeat, fewer at an episode's end, 0 at its start
 
 
 def load_task(env_id, random):
@@ -826,9 +826,9 @@ class ReplayBuffer:
         self.row += 1
 
     def draw(self, rng, count, length, same_episode_tail):
-        """Draws windows of `length` rows whose last `same_episode_tail` rows are of one episode,
-        uniformly, with replacement: their first rows (count,). Raises UsageError if there are
-        hardly any."""
+        """First rows (count,) of windows of `length` rows, uniform, with replacement. The last
+        `same_episode_tail` rows of a window are of one episode. UsageError if there are hardly
+        any."""
         oldest = max(0, self.row - self.capacity)
         rows = np.empty(0, np.int64)
         for _ in range(1000):
@@ -855,10 +855,10 @@ def evaluate(act, env, episodes, stop, film=False):
     """Plays episodes, the same ones each time, with act(step, carry) -> action, carry. Gives their
     returns (episodes,) and the images of the first, if it is filmed. A signal cuts it short.  D4"""
     returns = []
+    images = []
     number = 0
     while len(returns) < episodes and not stop.signal:
-        if not returns:
-            images = []
+        images = images if returns else []
         rng = stream(env.args.seed, "evaluate", number)
         number += 1
         step = env.reset(rng.integers(2**32))
@@ -982,7 +982,8 @@ def read_checkpoint(path, flag):
 def restore_agent(args, payload):
     """The Agent of a checkpoint, with its optimizers."""
     agent = Agent(args, EnvSpec(*payload["spec"]))
-    agent.load_state_dict(payload["agent"])
+    with refuse_on(RuntimeError, "resume" if args.resume else "evaluate", "of another script"):
+        agent.load_state_dict(payload["agent"])
     for name, optimizer in agent.optimizers.items():
         optimizer.load_state_dict(payload["optimizers"][name])
     return agent
@@ -990,7 +991,7 @@ def restore_agent(args, payload):
 
 def load_agent(path, device="cpu"):
     """The trained agent of a run's folder, for code of your own. After env = PixelEnv(agent.args)
-    and step = env.reset(seed=0), agent.act(step, carry=None, explore=False) gives an action."""
+    and step = env.reset(seed=0), agent.act(step, carry=None, explore=False) gives action, carry."""
     args, payload = read_checkpoint(path, "evaluate")
     return restore_agent(dataclasses.replace(args, device=device), payload)
 
@@ -1073,7 +1074,7 @@ def autocast(args):
 
 
 def updates_due(args, step):
-    """Number of updates that must have been made by the time this step is taken."""
+    """Number of updates due before this step. The first burst waits for its episode's end."""
     since = step - args.warmup_steps
     return args.pretrain_updates + int(args.updates_per_step * since) if since >= 0 else 0
 
@@ -1366,7 +1367,7 @@ def play(args, payload):
 
 
 def main(words=None):
-    """The command line; gives the exit status: 1 where a run failed, 2 for bad usage."""
+    """The command line; gives the exit status: 1 failed, 2 bad usage, 128 + n after signal n."""
     run_dir = None
     command = ""
     try:
@@ -1393,8 +1394,8 @@ def main(words=None):
         print(f"summary {numbers}")
         return 0
     except UsageError as e:
-        if run_dir and not (run_dir / "checkpoint.pt").exists():
-            shutil.rmtree(run_dir)  # a run that could not begin leaves nothing behind
+        if run_dir and not payload and not (run_dir / "checkpoint.pt").exists():
+            shutil.rmtree(run_dir)  # a new run that could not begin leaves nothing behind
         print(f"error: {e}", file=sys.stderr)
         return 2
     except FloatingPointError as e:

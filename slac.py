@@ -19,8 +19,9 @@ Model, https://arxiv.org/abs/1907.00953; the authors' code: https://github.com/a
     python slac.py --env-id cheetah-run     # the published hyperparameters
     python slac.py --evaluate RUN_DIR       # play a trained agent and film it
 
-Shapes: B batch, T time (9 images), N images, C H W image, F features, Z latent (z1 and z2), S input
-of the actor or the critic, n images in a window (8), W windows in a sequence (T - n + 1), A action.
+Shapes: B batch, T time (9 images; 8 in act()), N images, C H W image, F features, Z latent (z1 and
+z2), S input of the actor or the critic, n images in a window (8), W windows in a sequence (T - n +
+1), A action.
 Units: a frame is one control step of the simulator; a step is one decision of the agent, held for
 action_repeat frames; an update is one gradient update on one batch.
 In a sequence, action[t] led to image t, and reward[t] came with it. The paper's a_t is action[t+1].
@@ -41,8 +42,8 @@ D7  A run begins with 10,000 frames of random actions and 50,000 updates of the 
 D8  The actor is feed-forward, as in the authors' code. The paper's submission has a recurrent one.
 D9  The target Qs start as copies. Theirs are never copied and start with weights of their own.
 D10 Adam's epsilon, 1e-8, follows the bias correction. TensorFlow 1's, "epsilon hat", precedes it.
-D11 With --z1 deterministic the KL is dropped wherever an episode starts. Theirs drops it at the
-    first row of a sequence only.
+D11 With --z1 deterministic the KL is dropped also where an episode starts inside a sequence.
+    Theirs drops it at the first row of a sequence only.
 D12 With --eval-policy mean the actor sees the actions that it took. Theirs sees zeros instead of
     them, as their greedy policy does not store what it did.
 """
@@ -107,7 +108,7 @@ class Args:
     video: bool = True  # film the first episode of every evaluation
     track: bool = False  # also log to Weights & Biases
     runs_dir: str = "runs"  # parent of the run's folder
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16 on a CPU needs AVX512_BF16 or AMX
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16 on a CPU wants AVX512_BF16 or AMX
     cuda_graph: bool = True  # on CUDA, launch an update or an action as one graph
     compile: bool = True  # with CUDA graphs, fuse small kernels; the run starts a minute later
     threads: int = 0  # CPU threads (0: PyTorch's choice); 1 is best for runs side by side
@@ -264,7 +265,7 @@ class Decoder(nn.Sequential):
 
 
 class Gaussian(nn.Module):
-    """Inputs side by side -> mean and std (..., D) of a diagonal Gaussian. Without `stochastic` it
+    """Concatenated inputs -> mean and std (..., D) of a diagonal Gaussian. Without `stochastic` it
     learns the mean alone; its std of 1 is for the KL, and LatentModel.noise() is zero for it."""
 
     def __init__(self, in_dim, out_dim, args, stochastic=True, floor=1e-5):
@@ -288,7 +289,7 @@ class LatentModel(nn.Module):
     """Latents z (B, Z) of images and actions, z1 and z2 side by side, and what follows from them.
 
     z2 given z1 has the same network in the prior p and in the posterior q, so that only z1 has a
-    KL. The context is what p and q of the next z1 know of the past: z2 (without it, z1) and the
+    KL. The context is all that p and q of the next z1 know of the past: z2 (without it, z1) and the
     action, or the recurrent state after both.
     """
 
@@ -348,7 +349,7 @@ class LatentModel(nn.Module):
 
     def filter(self, features, action, is_first, noise):
         """Posterior along sequences of features (B, T, F), actions (B, T, A), is_first (B, T) and
-        noise (B, T, Z): z (B, T, Z), q and p of z1, each (mean, std), and where both start anew."""
+        noise (B, T, Z): z (B, T, Z), q and p of z1, each (mean, std), and where no past is used."""
         times = torch.arange(is_first.shape[1], device=is_first.device)
         started = is_first | (times == 0)  # a sequence starts anew even in the middle of an episode
         q_first = self.q_first(features)  # (B, T, z1)
@@ -401,7 +402,7 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """z (B, D), action (B, A) -> Q1, Q2 (B, 1)."""
+    """Features (B, D), action (B, A) -> Q1, Q2 (B, 1)."""
 
     def __init__(self, z_dim, action_dim, args):
         super().__init__()
@@ -638,7 +639,7 @@ class Agent(nn.Module):
         model = self.model
         length = self.args.actions + 1
         batch = sequences(buffer, rng, 64, length, same_episode_tail=2)
-        whole = batch["is_first"][:, 1:].sum(1).argmin()[None]  # of 64, one without a start inside
+        whole = batch["is_first"][:, 1:].sum(1).argmin()[None]  # of 64, the one with fewest starts
         obs, action, is_first = (batch[name][whole] for name in ("obs", "action", "is_first"))
         noise = model.noise(1, length)
         z = model.filter(model.encode(obs), action, is_first, noise)[0]  # (1, T, Z)
@@ -693,7 +694,7 @@ class Step(NamedTuple):
     discount: float  # 0 where the task ended for good; 1 everywhere else, at a time limit too
     first: bool  # an episode starts
     last: bool  # the episode is over
-    frames: int  # how many were simulated: action_repeat, or fewer at an episode's end
+    frames: int  # frames simulated: action_repeat, fewer at an episode's end, 0 at its start
 
 
 def load_task(env_id, random):
@@ -842,9 +843,9 @@ class ReplayBuffer:
         self.row += 1
 
     def draw(self, rng, count, length, same_episode_tail):
-        """Draws windows of `length` rows whose last `same_episode_tail` rows are of one episode,
-        uniformly, with replacement: their first rows (count,). Raises UsageError if there are
-        hardly any."""
+        """First rows (count,) of windows of `length` rows, uniform, with replacement. The last
+        `same_episode_tail` rows of a window are of one episode. UsageError if there are hardly
+        any."""
         oldest = max(0, self.row - self.capacity)
         rows = np.empty(0, np.int64)
         for _ in range(1000):
@@ -871,10 +872,10 @@ def evaluate(act, env, episodes, stop, film=False):
     """Plays episodes, the same ones each time, with act(step, carry) -> action, carry. Gives their
     returns (episodes,) and the images of the first, if it is filmed. A signal cuts it short.  D4"""
     returns = []
+    images = []
     number = 0
     while len(returns) < episodes and not stop.signal:
-        if not returns:
-            images = []
+        images = images if returns else []
         rng = stream(env.args.seed, "evaluate", number)
         number += 1
         step = env.reset(rng.integers(2**32))
@@ -998,7 +999,8 @@ def read_checkpoint(path, flag):
 def restore_agent(args, payload):
     """The Agent of a checkpoint, with its optimizers."""
     agent = Agent(args, EnvSpec(*payload["spec"]))
-    agent.load_state_dict(payload["agent"])
+    with refuse_on(RuntimeError, "resume" if args.resume else "evaluate", "of another script"):
+        agent.load_state_dict(payload["agent"])
     for name, optimizer in agent.optimizers.items():
         optimizer.load_state_dict(payload["optimizers"][name])
     return agent
@@ -1006,7 +1008,7 @@ def restore_agent(args, payload):
 
 def load_agent(path, device="cpu"):
     """The trained agent of a run's folder, for code of your own. After env = PixelEnv(agent.args)
-    and step = env.reset(seed=0), agent.act(step, carry=None, explore=False) gives an action."""
+    and step = env.reset(seed=0), agent.act(step, carry=None, explore=False) gives action, carry."""
     args, payload = read_checkpoint(path, "evaluate")
     return restore_agent(dataclasses.replace(args, device=device), payload)
 
@@ -1089,7 +1091,7 @@ def autocast(args):
 
 
 def updates_due(args, step):
-    """Number of updates that must have been made by the time this step is taken."""
+    """Number of updates due before this step. The first burst waits for its episode's end."""
     since = step - args.warmup_steps
     return args.pretrain_updates + int(args.updates_per_step * since) if since >= 0 else 0
 
@@ -1384,7 +1386,7 @@ def play(args, payload):
 
 
 def main(words=None):
-    """The command line; gives the exit status: 1 where a run failed, 2 for bad usage."""
+    """The command line; gives the exit status: 1 failed, 2 bad usage, 128 + n after signal n."""
     run_dir = None
     command = ""
     try:
@@ -1411,8 +1413,8 @@ def main(words=None):
         print(f"summary {numbers}")
         return 0
     except UsageError as e:
-        if run_dir and not (run_dir / "checkpoint.pt").exists():
-            shutil.rmtree(run_dir)  # a run that could not begin leaves nothing behind
+        if run_dir and not payload and not (run_dir / "checkpoint.pt").exists():
+            shutil.rmtree(run_dir)  # a new run that could not begin leaves nothing behind
         print(f"error: {e}", file=sys.stderr)
         return 2
     except FloatingPointError as e:

@@ -50,7 +50,7 @@ BUGS = [  # test files, what stands there, the bug
     ("pearl_pixels", "self.args.reward_scale * reward", "reward"),
     ("pearl_pixels", "return var * (mu * precision).sum(1), var", "return mu.mean(1), var"),
     # gradients
-    (SAC, "adam([*seen_by_critic, *self", "adam([*self"),
+    (SAC, "adam([*moved_by_critic, *self", "adam([*self"),
     (SAC, 'optimizers["encoder"], optimizers["decoder"])', 'optimizers["decoder"])'),
     (f"{SAC} slac", "t.lerp_(p, tau)", "t.lerp_(p, 1 - tau)"),
     (SAC, "self.target_encoder, args.encoder_tau", "self.target_encoder, args.critic_tau"),

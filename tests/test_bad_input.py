@@ -82,6 +82,17 @@ def test_a_damaged_or_foreign_checkpoint_is_refused(tmp_path, capsys):
             assert_refused("sac_ae", f"{flag} {run_dir}", flag, "not a checkpoint", capsys)
 
 
+def test_a_checkpoint_that_cannot_play_is_left_alone(tmp_path, capsys):
+    """It lies in a folder of the user's. Its task is gone, or it is another script's."""
+    payload = torch.load(undisturbed("sac_ae") / "checkpoint.pt", weights_only=True)
+    path = tmp_path / "best.pt"
+    torch.save(payload | {"args": payload["args"] | {"env_id": "gone.py:task"}}, path)
+    assert_refused("sac_ae", f"--evaluate {path}", "--env-id", "gone", capsys)
+    torch.save(payload | {"agent": {"other": torch.zeros(1)}}, path)
+    assert_refused("sac_ae", f"--evaluate {path}", "--evaluate", "another script", capsys)
+    assert path.exists()
+
+
 def test_a_resumed_run_refuses_other_arguments_by_name(capsys):
     for flag in ("--gamma", "--seed"):
         flags = f"--resume {undisturbed('sac_ae')} {flag} 0"

@@ -131,6 +131,7 @@ def test_a_second_signal_ends_at_once():
         signal.raise_signal(signal.SIGTERM)
         assert stop.signal == signal.SIGTERM
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert len(sac_ae.evaluate(None, None, 10, stop)[0]) == 0  # it does not even begin
     assert signal.getsignal(signal.SIGTERM) == before
 
 
