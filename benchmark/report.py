@@ -13,6 +13,7 @@ Where a task has more than seven curves, only the thick lines are drawn, and end
 
 import argparse
 import csv
+import hashlib
 import importlib
 import itertools
 import json
@@ -28,6 +29,7 @@ import studies
 
 sys.path.append(str(run.ROOT))  # for the scripts
 PUBLISHED = Path(__file__).resolve().parent / "published"
+RETURNS = "eval/return", "eval/return_2", "eval/return_1"  # PEARL's with two trajectories or one
 ENOUGH = 5  # seeds; with fewer a difference between two curves is no finding
 COLOURS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"
 LENGTH = {"total_frames", "eval_every_frames"}
@@ -45,11 +47,12 @@ class Curve(NamedTuple):
     random: dict  # the random policy's return
     minutes: dict
     hardware: str
+    flags: str = ""
 
     def points(self, seed):
         """Frames and returns (n,) of a seed's evaluations."""
         pairs = [
-            (row["frames"], row.get("eval/return", row.get("eval/return_2")))
+            (row["frames"], next((row[key] for key in RETURNS if key in row), None))
             for row in self.rows[seed]
         ]
         pairs = [(x, y) for x, y in pairs if y is not None]
@@ -121,7 +124,8 @@ def collected(folder):
     minutes = {seed: run["wall_s"] / 60 for seed, run in runs.items() if "wall_s" in run}
     label = meta.get("label", folder.name).removesuffix(task).strip()
     curve = meta.get("published", "")
-    return Curve(label, task, curve, rows, failed, random, minutes, meta["hardware"])
+    flags = meta["command"].replace(f"--env-id {task}", "")
+    return Curve(label, task, curve, rows, failed, random, minutes, meta["hardware"], flags)
 
 
 def as_published(script, args):
@@ -131,7 +135,7 @@ def as_published(script, args):
     except ImportError:  # a renamed copy that is gone
         return False
     defaults = json.loads(json.dumps(defaults))  # as in the file
-    return all(defaults.get(k) == v for k, v in args.items() if k not in LENGTH)
+    return all(defaults.get(k) == v for k, v in args.items() if k not in LENGTH | {"code"})
 
 
 def loose(folders):
@@ -144,10 +148,11 @@ def loose(folders):
             continue  # another program's
         script, seed = (folder.name.split("__") + [folder.name])[1], args["seed"]
         args = {k: v for k, v in args.items() if k not in NOT_THE_METHOD}
+        if (code := folder / f"{script}.py").exists():  # as it was when the run began
+            args["code"] = hashlib.sha256(code.read_bytes()).hexdigest()[:8]
         runs = groups.setdefault((script, args["env_id"], json.dumps(args)), {})
-        while seed in runs:  # the same run again
-            seed = f"{seed} again"
-        runs[seed] = folder
+        if not (seed in runs and (runs[seed] / "summary.json").exists()):
+            runs[seed] = folder  # the same run again is no other seed
     curves = []
     for (script, task, text), runs in groups.items():
         args = json.loads(text)
@@ -281,7 +286,7 @@ def comparisons(curves):
             lines.append(f"- {name}: not compared, as seeds failed.")
         elif n < ENOUGH or not (one and two):
             lines.append(f"- {name}: {n} seeds are too few to compare; at least {ENOUGH}.")
-        elif one[0][-1] != two[0][-1]:
+        elif abs(one[0][-1] - two[0][-1]) > 0.01 * one[0][-1]:  # more than a short episode
             lines.append(
                 f"- {name}: not compared, as they end at {one[0][-1]:,.0f} and "
                 f"{two[0][-1]:,.0f} frames."
@@ -304,12 +309,13 @@ def comparisons(curves):
 
 
 def over_tasks(curves):
-    """Markdown: the IQM of each label over all tasks and seeds, where it has several tasks and all
-    runs ended; a task that comes twice is another experiment."""
+    """Markdown: the IQM of each label (and its flags) over all tasks of the suite and all seeds,
+    where there are several tasks and all runs ended; a task that comes twice is another experiment."""
     lines, groups = [], {}
     for c in curves:
-        groups.setdefault(c.label, []).append(c)
-    for label, group in groups.items():
+        if ":" not in c.env_id and not by_context(c)[0].size:  # returns from 0 to 1000
+            groups.setdefault((c.label, c.flags), []).append(c)
+    for (label, _), group in groups.items():
         tasks = [c.env_id for c in group]
         if len(group) == len(set(tasks)) > 1 and all(c.table() and not c.failed for c in group):
             ends = [c.table()[1][:, -1] for c in group]
@@ -425,7 +431,8 @@ def draw_ends(curves, path):
             axis.plot(
                 ends, [row] * len(ends), "o", color=COLOURS[0], ms=4, alpha=0.4, label="seeds"
             )
-            axis.plot(interval(ends), [row, row], color=COLOURS[0], lw=2, label="95 % interval")
+            label = "95 % interval" if len(ends) >= ENOUGH else "least to largest"
+            axis.plot(interval(ends), [row, row], color=COLOURS[0], lw=2, label=label)
             axis.plot(iqm(ends), row, "D", color=COLOURS[0], ms=6, label="interquartile mean")
         if randoms := [value for c in here for value in c.random.values()]:
             axis.axvline(np.mean(randoms), color="grey", lw=1.2, ls=":", label="random policy")

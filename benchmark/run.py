@@ -11,8 +11,8 @@ The same command again skips finished runs, resumes interrupted ones and tries f
 A script is any at the root of the repository, such as your renamed copy of one. OUT/GROUP/ holds
 meta.json and seedN.csv of each command, which report.py reads, and a folder for each seed with
 log.txt and the run's own folder, without the replay buffer once the run has finished. Ctrl-C stops
-all runs with a checkpoint. The exit status is 1 if a run failed. With --engine ray all machines
-must share this folder and OUT.
+all runs with a checkpoint. The exit status is 1 if a run has not finished. With --engine ray all
+machines must share this folder and OUT.
 """
 
 import argparse
@@ -107,15 +107,15 @@ class Job(NamedTuple):
 
 def jobs_of(args):
     """All jobs that the arguments ask for, the seeds of a group one after the other."""
+    names = {word[2:].removeprefix("no-").replace("-", "_") for word in args.flags
+             if word.startswith("--")}  # fmt: skip
+    as_published = not args.sweep and names <= NOT_THE_METHOD | {"precision"}
     if args.study:
         variants = studies.STUDIES[args.study]
     else:
-        names = {word[2:].removeprefix("no-").replace("-", "_") for word in args.flags
-                 if word.startswith("--")}  # fmt: skip
-        as_published = not args.sweep and names <= NOT_THE_METHOD
         variants = {
             f"{script} {task}".strip(): studies.Variant(
-                script, task, "", studies.CURVES.get(script, "") if as_published else ""
+                script, task, "", studies.CURVES.get(script, "")
             )
             for script in args.scripts
             for task in args.env_ids or [""]
@@ -136,7 +136,8 @@ def jobs_of(args):
         name = f"{name[:50]}-{digest}"  # other flags: another folder
         for seed in args.seeds:
             folder = Path(args.out).resolve() / name / f"seed{seed}"
-            jobs.append(Job(variant.script, flags, seed, label, variant.published, folder))
+            published = variant.published * as_published
+            jobs.append(Job(variant.script, flags, seed, label, published, folder))
     return list(dict.fromkeys(jobs))
 
 
@@ -152,12 +153,13 @@ def gpus():
 def environment(slot, workers, gpus_per_run, names):
     """Variables of a run in this slot: its share of the cores, and its GPU of those with these
     names if it is to have one."""
-    env = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // workers))}
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    env = {"OMP_NUM_THREADS": str(max(1, cores // workers))}
     if "OMP_NUM_THREADS" in os.environ:
         env = {"OMP_NUM_THREADS": os.environ["OMP_NUM_THREADS"]}
     if gpus_per_run:
         name = env["CUDA_VISIBLE_DEVICES"] = names[slot // int(1 / gpus_per_run)]
-        if name.isdigit():
+        if name.isdigit() and "MUJOCO_EGL_DEVICE_ID" not in os.environ:
             env["MUJOCO_EGL_DEVICE_ID"] = name  # it renders there, too
     return env
 
@@ -174,7 +176,8 @@ def execute(job, env, started=None):
     to `started`, stops it with a checkpoint."""
     command = job.command()
     threads = int(env["OMP_NUM_THREADS"])
-    job.note(threads=threads, commit=commit(), sha256=sha256(job.script))
+    about = {"commit": commit(), "sha256": sha256(job.script), "hardware": hardware()}
+    job.note(threads=threads, **about)
     if "--resume" not in command:
         for run in job.run_dirs():  # died before its first checkpoint
             shutil.rmtree(run)
@@ -231,11 +234,15 @@ def collect(jobs):
             for run in job.run_dirs():
                 with contextlib.suppress(FileNotFoundError):
                     shutil.copy(run / "metrics.csv", folder / f"seed{job.seed}.csv")
+        with contextlib.suppress(OSError, ValueError):  # seeds whose folders were removed since
+            before = json.loads((folder / "meta.json").read_text())["runs"]
+            runs += [run for run in before if run["seed"] not in seeds]
+            runs.sort(key=lambda run: run["seed"])
         meta = {
             "command": f"python {first.script}.py {first.flags} --seed N",
             "label": first.label,
             "published": first.published,
-            "hardware": hardware(),
+            "hardware": "; ".join(dict.fromkeys(r.get("hardware", hardware()) for r in runs)),
             "python": platform.python_version(),
             **{name: importlib.metadata.version(name) for name in ("torch", "mujoco")},
             "runs": runs,
@@ -397,10 +404,17 @@ def main():
         parser.error(f"{args.flags[0]} is not a flag of the scripts; those come after --")
     if not all(re.fullmatch(r"[\w-]+=[^=]+", sweep) for sweep in args.sweep):
         parser.error(f"--sweep takes FLAG=A,B,C and not {' '.join(args.sweep)}")
+    swept = {"--" + sweep.partition("=")[0] for sweep in args.sweep}
+    if both := swept & {word.partition("=")[0] for word in args.flags}:
+        parser.error(f"{', '.join(both)} is in --sweep and after --")
     if args.workers < 1 or not 0 <= args.gpus_per_run <= 1:
         parser.error("--workers must be at least 1, --gpus-per-run from 0 to 1")
     jobs = jobs_of(args)
     todo = [job for job in jobs if "summary" not in job.result()]
+    known = [(job, job.result()) for job in jobs]
+    if changed := {job.script for job, result in known if "failed" not in result
+                   and result.get("sha256", sha256(job.script)) != sha256(job.script)}:  # fmt: skip
+        parser.error(f"{', '.join(changed)}.py has changed since runs in --out; use another --out")
     if args.dry_run:
         for job in todo:
             print("python", shlex.join(job.command()))
@@ -440,7 +454,7 @@ def main():
     finally:
         collect(jobs)
     table(jobs, set(), began, args.workers)
-    return int(any("failed" in job.result() for job in jobs))
+    return int(any("summary" not in job.result() for job in jobs))
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def own(name, env_id, flags, folder):
     now = {"step": env.reset(0), "carry": start}
 
     def end_to_end():
-        for i in range(ratio.denominator):
+        for i in range(2 * ratio.denominator):  # actor and target move at every second update
             action, now["carry"] = agent.act(now["step"], now["carry"], explore=True)
             wait_for_action = action.cpu().numpy if pearl else module.to_host(action)
             due = ratio.numerator * (i + 1) // ratio.denominator
@@ -138,8 +138,8 @@ def own(name, env_id, flags, folder):
     facts = {
         "bytes per transition": sum(dtype.itemsize for dtype in buffer.types.values()),
         "action repeat": args.action_repeat,
-        "steps": ratio.denominator,
-        "updates": ratio.numerator,
+        "steps": 2 * ratio.denominator,
+        "updates": 2 * ratio.numerator,
     }
     return calls, facts, args.device
 
@@ -326,7 +326,8 @@ def main():
         if new:
             columns = "hardware threads torch commit device flags subject quantity value"
             writer.writerow(columns.split())
-        about = hardware(), threads, torch.__version__, commit(), args.device, " ".join(args.flags)
+        flags = " ".join(["--env-id", args.env_id, *args.flags])
+        about = hardware(), threads, torch.__version__, commit(), args.device, flags
         writer.writerows(
             [*about, Path(subject).name, key, f"{value:.6g}"] for subject, key, value in rows
         )
