@@ -718,9 +718,9 @@ class PixelEnv:
         self.random = np.random.RandomState(args.seed)  # reset() seeds it anew
         self.env = load_task(args.env_id, self.random)
         self.model = None
-        bounds = self.env.action_spec()
-        self.low = np.where(bounds.minimum < -1e6, -1, bounds.minimum)  # lqr's are infinite
-        self.high = np.where(bounds.maximum > 1e6, 1, bounds.maximum)
+        bounds = self.env.action_spec()  # lqr's are infinite
+        self.low = np.full(bounds.shape, np.where(bounds.minimum < -1e6, -1, bounds.minimum))
+        self.high = np.full(bounds.shape, np.where(bounds.maximum > 1e6, 1, bounds.maximum))
         first = self.reset(0)
         self.spec = EnvSpec(first.obs.shape, len(self.low), len(first.state))
         self.fps = max(1, round(1 / (self.env.control_timestep() * args.action_repeat)))
@@ -751,8 +751,8 @@ class PixelEnv:
 
     def observe(self, time_step, action, reward, frames):
         """The Step of a dm_env.TimeStep."""
-        if time_step.observation is None:
-            raise UsageError("env_id", "the environment gives no observation when an episode ends")
+        if not time_step.observation:  # None, or {}
+            raise UsageError("env_id", "the environment must observe something, also at its end")
         state = np.float32(np.concatenate([np.ravel(v) for v in time_step.observation.values()]))
         obs = self.render(self.args.image_size).transpose(2, 0, 1) if self.pixels else state
         discount = 1.0 if time_step.discount is None else float(time_step.discount)
@@ -788,12 +788,12 @@ class ReplayBuffer:
     the discount that came with it. A transition is rows t and t + 1 of one episode. Samples reach
     `capacity` rows back. Agent.sample() makes stacks of images and sequences from rows."""
 
-    def __init__(self, folder, rows, args, spec):
+    def __init__(self, folder, rows, args, spec, row=0):
         self.folder = Path(folder)
         self.capacity = args.replay_capacity
         self.device = args.device  # of samples
         self.rows_device = args.device if args.replay_device == "auto" else "cpu"
-        self.row = 0
+        self.row = row
         pixel = np.uint8 if len(spec.obs_shape) == 3 else np.float32
         floats = {"action": spec.action_dim, "reward": 1, "discount": 1, "state": spec.state_dim}
         self.types = {name: np.dtype((np.float32, (size,))) for name, size in floats.items()}
@@ -806,11 +806,16 @@ class ReplayBuffer:
         self.rows = rows
         self.folder.mkdir(exist_ok=True)
         self.files = {}
+        self.columns = {}  # a GPU has no room for two copies
         for name, dtype in self.types.items():
-            with open(self.folder / name, "ab") as file:
+            path = self.folder / name
+            path.touch()
+            if path.stat().st_size < self.row * dtype.itemsize:
+                raise UsageError("resume", f"{path} is missing or cut short; copy the run again")
+            with open(path, "r+b") as file:
                 if hasattr(os, "posix_fallocate"):  # not on macOS
                     os.posix_fallocate(file.fileno(), 0, rows * dtype.itemsize)
-            self.files[name] = np.memmap(self.folder / name, dtype, "r+", shape=(rows,))
+            self.files[name] = np.memmap(path, dtype, "r+", shape=(rows,))
         self.columns = {k: torch.from_numpy(v).to(self.rows_device) for k, v in self.files.items()}
 
     def add(self, step):
@@ -831,7 +836,7 @@ class ReplayBuffer:
         any."""
         oldest = max(0, self.row - self.capacity)
         rows = np.empty(0, np.int64)
-        for _ in range(1000):
+        for _ in range(1000 * (self.row - oldest >= length)):
             new = rng.integers(oldest, self.row - length + 1, count)
             last = new + length - 1
             whole = self.files["start"][last] <= last - same_episode_tail + 1  # one episode
@@ -861,10 +866,10 @@ def evaluate(act, env, episodes, stop, film=False):
         images = images if returns else []
         rng = stream(env.args.seed, "evaluate", number)
         number += 1
-        step = env.reset(rng.integers(2**32))
         carry = None
         total = 0.0
         try:
+            step = env.reset(rng.integers(2**32))
             while not step.last:
                 if film and not returns:
                     images.append(env.render(VIDEO_SIZE))
@@ -874,6 +879,8 @@ def evaluate(act, env, episodes, stop, film=False):
             returns.append(total)
         except control.PhysicsError as e:
             tqdm.write(f"warning: an episode of the evaluation is discarded: {e}")
+            if number == 10 * episodes:
+                raise FloatingPointError("nearly every episode of an evaluation diverges") from e
     return np.array(returns), images
 
 
@@ -900,7 +907,8 @@ class Logger:
             (run_dir / name).mkdir(exist_ok=True)
         if args.track:
             wandb = {"id": run_dir.name, "dir": run_dir, "resume": "allow", "config": vars(args)}
-            importlib.import_module("wandb").init(**wandb, sync_tensorboard=True)
+            with refuse_on(Exception, "track", "W&B cannot start; try `wandb login`"):
+                importlib.import_module("wandb").init(**wandb, sync_tensorboard=True)
         self.writer = SummaryWriter(run_dir, purge_step=progress.frames + 1)
         self.writer.add_text("arguments", json.dumps(vars(args), indent=4))
         # The bar counts updates, the slow part. Without a terminal it prints a line per minute.
@@ -916,7 +924,8 @@ class Logger:
         speed = progress.frames / progress.wall_s
         text = f"{progress.frames:,} frames, {progress.updates:,} updates, {speed:.0f} frames/s"
         self.bar.set_description_str(f"{text}, return {self.last_return:.1f}", refresh=False)
-        self.bar.update(progress.updates - self.bar.n)
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            self.bar.update(progress.updates - self.bar.n)
 
     def log(self, row):
         """Adds a row: {name: number}, the counters, and the last value of each metric."""
@@ -1114,7 +1123,7 @@ class Stop:
         self.signal = number
         for other in self.handlers:
             signal.signal(other, signal.SIG_DFL)
-        with contextlib.suppress(OSError):  # the terminal may be gone
+        with contextlib.suppress(OSError, RuntimeError):  # the terminal may be gone or busy
             print("\nwill save and stop soon; repeat to stop at once", file=sys.stderr, flush=True)
 
     def __exit__(self, *_):
@@ -1142,8 +1151,7 @@ def train(args, run_dir, stop, payload=None):
     rows = total_steps + args.total_frames // 1000 + 1000
     rows = max(rows, progress.row + 1)
     with refuse_on(OSError, "runs_dir", f"no room for {rows:,} rows of the replay buffer"):
-        buffer = ReplayBuffer(run_dir / "replay", rows, args, env.spec)
-    buffer.row = progress.row
+        buffer = ReplayBuffer(run_dir / "replay", rows, args, env.spec, progress.row)
     if args.cuda_graph and args.device.startswith("cuda"):
         if args.compile:
             compile_parts(agent)
@@ -1230,7 +1238,8 @@ def train(args, run_dir, stop, payload=None):
             progress.episode += 1
             save(args.checkpoint_every_minutes)
     save()
-    logger.bar.close()
+    with contextlib.suppress(OSError):
+        logger.bar.close()
     logger.writer.close()
     return progress
 
@@ -1356,6 +1365,7 @@ def play(args, payload):
     folder = payload["run_dir"]
     if args.runs_dir != payload["args"]["runs_dir"]:
         folder = Path(args.runs_dir).expanduser()  # where the film goes
+        folder.mkdir(parents=True, exist_ok=True)
     env = PixelEnv(args, largest_image=VIDEO_SIZE * args.video)
     act = restore_agent(args, payload).act
     returns, video = evaluate(act, env, args.eval_episodes, Stop(), args.video)
@@ -1395,7 +1405,7 @@ def main(words=None):
         return 0
     except UsageError as e:
         if run_dir and not payload and not (run_dir / "checkpoint.pt").exists():
-            shutil.rmtree(run_dir)  # a new run that could not begin leaves nothing behind
+            shutil.rmtree(run_dir, ignore_errors=True)  # a run that could not begin leaves nothing
         print(f"error: {e}", file=sys.stderr)
         return 2
     except FloatingPointError as e:

@@ -310,7 +310,7 @@ def comparisons(curves):
 
 def over_tasks(curves):
     """Markdown: the IQM of each label (and its flags) over all tasks of the suite and all seeds,
-    where there are several tasks and all runs ended; a task that comes twice is another experiment."""
+    where there are several tasks and all runs ended; a task twice is another experiment."""
     lines, groups = [], {}
     for c in curves:
         if ":" not in c.env_id and not by_context(c)[0].size:  # returns from 0 to 1000

@@ -167,6 +167,9 @@ def test_a_finished_run_can_be_made_longer(name, capsys, tmp_path):
     assert rows[0] == rows[1]
     run_here(name, f"--resume {run_dir} --total-frames 6000", status=2)
     assert "error: --resume: the run's replay buffer was deleted" in capsys.readouterr().err
+    (run_dir / "replay").mkdir()  # an interrupted copy of the folder, say
+    run_here(name, f"--resume {run_dir} --total-frames 6000", status=2)
+    assert "is missing or cut short" in capsys.readouterr().err
 
 
 @pytest.mark.deep
