@@ -137,7 +137,7 @@ class Args:
     context_size: int | None = None  # transitions to infer z from (None: 100; cheetah-dir 256)
     context_trajectories: int = 4  # maximum of trajectories to infer z from in an evaluation
     meta_batch: int | None = None  # tasks per update (None: 16; cheetah-dir 4)
-    updates_per_iteration: int = 1000  # updates after the visits of an iteration (code 2000)
+    updates_per_iteration: int = 1000  # updates per iteration, after its visits (code 2000)
     cnn_pretrain_updates: int = 1000  # updates of the CNN on the initial trajectories (cnn modes)
     # networks
     filters: int = 32  # channels of every conv layer
@@ -901,7 +901,6 @@ class ReplayBuffer:
         self.rows = rows
         self.folder.mkdir(exist_ok=True)
         self.files = {}
-        self.columns = {}  # a GPU has no room for two copies
         for name, dtype in self.types.items():
             path = self.folder / name
             path.touch()
@@ -931,7 +930,7 @@ class ReplayBuffer:
         any."""
         oldest = max(0, self.row - self.capacity)
         rows = np.empty(0, np.int64)
-        for _ in range(1000 * (self.row - oldest >= length)):
+        for _ in range(1000 if self.row - oldest >= length else 0):
             new = rng.integers(oldest, self.row - length + 1, count)
             last = new + length - 1
             whole = self.files["start"][last] <= last - same_episode_tail + 1  # one episode
@@ -1101,8 +1100,7 @@ class Logger:
             (run_dir / name).mkdir(exist_ok=True)
         if args.track:
             wandb = {"id": run_dir.name, "dir": run_dir, "resume": "allow", "config": vars(args)}
-            with refuse_on(Exception, "track", "W&B cannot start; try `wandb login`"):
-                importlib.import_module("wandb").init(**wandb, sync_tensorboard=True)
+            importlib.import_module("wandb").init(**wandb, sync_tensorboard=True)
         self.writer = SummaryWriter(run_dir, purge_step=progress.frames + 1)
         self.writer.add_text("arguments", json.dumps(vars(args), indent=4))
         # The bar counts updates, the slow part. Without a terminal it prints a line per minute.
@@ -1185,7 +1183,7 @@ def read_checkpoint(path, flag):
 def restore_agent(args, payload):
     """The Agent of a checkpoint, with its optimizers."""
     agent = Agent(args, EnvSpec(*payload["spec"]))
-    with refuse_on(RuntimeError, "resume" if args.resume else "evaluate", "of another script"):
+    with refuse_on(RuntimeError, "resume" if args.resume else "evaluate", "another script's"):
         agent.load_state_dict(payload["agent"])
     for name, optimizer in agent.optimizers.items():
         optimizer.load_state_dict(payload["optimizers"][name])
@@ -1257,7 +1255,7 @@ def record(agent, name, cadence=tuple):
         graph = torch.cuda.CUDAGraph()
         for group in groups:
             group["capturable"] = True
-        # compiling now would spoil the recording; what is not yet compiled runs as it is
+        # nothing may be compiled during a recording; what is not compiled yet runs as it is
         with torch.compiler.set_stance("eager_on_recompile"), torch.cuda.graph(graph):
             outputs = method(*inputs, **options)  # only recorded, not run
         for group in groups:

@@ -823,7 +823,6 @@ class ReplayBuffer:
         self.rows = rows
         self.folder.mkdir(exist_ok=True)
         self.files = {}
-        self.columns = {}  # a GPU has no room for two copies
         for name, dtype in self.types.items():
             path = self.folder / name
             path.touch()
@@ -853,7 +852,7 @@ class ReplayBuffer:
         any."""
         oldest = max(0, self.row - self.capacity)
         rows = np.empty(0, np.int64)
-        for _ in range(1000 * (self.row - oldest >= length)):
+        for _ in range(1000 if self.row - oldest >= length else 0):
             new = rng.integers(oldest, self.row - length + 1, count)
             last = new + length - 1
             whole = self.files["start"][last] <= last - same_episode_tail + 1  # one episode
@@ -924,8 +923,7 @@ class Logger:
             (run_dir / name).mkdir(exist_ok=True)
         if args.track:
             wandb = {"id": run_dir.name, "dir": run_dir, "resume": "allow", "config": vars(args)}
-            with refuse_on(Exception, "track", "W&B cannot start; try `wandb login`"):
-                importlib.import_module("wandb").init(**wandb, sync_tensorboard=True)
+            importlib.import_module("wandb").init(**wandb, sync_tensorboard=True)
         self.writer = SummaryWriter(run_dir, purge_step=progress.frames + 1)
         self.writer.add_text("arguments", json.dumps(vars(args), indent=4))
         # The bar counts updates, the slow part. Without a terminal it prints a line per minute.
@@ -1008,7 +1006,7 @@ def read_checkpoint(path, flag):
 def restore_agent(args, payload):
     """The Agent of a checkpoint, with its optimizers."""
     agent = Agent(args, EnvSpec(*payload["spec"]))
-    with refuse_on(RuntimeError, "resume" if args.resume else "evaluate", "of another script"):
+    with refuse_on(RuntimeError, "resume" if args.resume else "evaluate", "another script's"):
         agent.load_state_dict(payload["agent"])
     for name, optimizer in agent.optimizers.items():
         optimizer.load_state_dict(payload["optimizers"][name])
@@ -1080,7 +1078,7 @@ def record(agent, name, cadence=tuple):
         graph = torch.cuda.CUDAGraph()
         for group in groups:
             group["capturable"] = True
-        # compiling now would spoil the recording; what is not yet compiled runs as it is
+        # nothing may be compiled during a recording; what is not compiled yet runs as it is
         with torch.compiler.set_stance("eager_on_recompile"), torch.cuda.graph(graph):
             outputs = method(*inputs, **options)  # only recorded, not run
         for group in groups:
@@ -1165,8 +1163,7 @@ def train(args, run_dir, stop, payload=None):
         progress = SimpleNamespace(**dict.fromkeys(zeros, 0), wall_s=0.0, saved_wall_s=0.0)
         vars(progress).update(random_return=None, eval_return=None, metrics={}, rows=[])
     # also for the starts of episodes and for the last episode
-    rows = total_steps + args.total_frames // 1000 + 1000
-    rows = max(rows, progress.row + 1)
+    rows = max(total_steps + args.total_frames // 1000 + 1000, progress.row + 1)
     with refuse_on(OSError, "runs_dir", f"no room for {rows:,} rows of the replay buffer"):
         buffer = ReplayBuffer(run_dir / "replay", rows, args, env.spec, progress.row)
     if args.cuda_graph and args.device.startswith("cuda"):

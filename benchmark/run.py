@@ -411,10 +411,9 @@ def main():
         parser.error("--workers must be at least 1, --gpus-per-run from 0 to 1")
     jobs = jobs_of(args)
     todo = [job for job in jobs if "summary" not in job.result()]
-    known = [(job, job.result()) for job in jobs]
-    if changed := {job.script for job, result in known if "failed" not in result
-                   and result.get("sha256", sha256(job.script)) != sha256(job.script)}:  # fmt: skip
-        parser.error(f"{', '.join(changed)}.py has changed since runs in --out; use another --out")
+    for job in jobs:
+        if job.result().get("sha256", sha256(job.script)) != sha256(job.script):
+            parser.error(f"{job.script}.py has changed since the runs in --out; use another one")
     if args.dry_run:
         for job in todo:
             print("python", shlex.join(job.command()))

@@ -89,7 +89,7 @@ def test_a_checkpoint_that_cannot_play_is_left_alone(tmp_path, capsys):
     torch.save(payload | {"args": payload["args"] | {"env_id": "gone.py:task"}}, path)
     assert_refused("sac_ae", f"--evaluate {path}", "--env-id", "gone", capsys)
     torch.save(payload | {"agent": {"other": torch.zeros(1)}}, path)
-    assert_refused("sac_ae", f"--evaluate {path}", "--evaluate", "another script", capsys)
+    assert_refused("sac_ae", f"--evaluate {path}", "--evaluate", "another script's", capsys)
     assert path.exists()
 
 
